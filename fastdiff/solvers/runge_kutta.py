@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Explicit Runge-Kutta: rhoRK on (x/alpha, sigma/alpha), and Euler and Heun as EDM has them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..schedules import Array, FlowMatching, Schedule
+from .base import Rows, Solver, choice
+
+Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
+
+# name -> (c, rows of A below the diagonal, b); Butcher's notation.
+TABLEAUS: dict[str, Tableau] = {
+    "euler": ((0.0,), ((),), (1.0,)),
+    "heun": ((0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2)),
+    "kutta3": ((0.0, 1 / 2, 1.0), ((), (1 / 2,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6)),
+    "heun3": ((0.0, 1 / 3, 2 / 3), ((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
+    "ralston3": ((0.0, 1 / 2, 3 / 4), ((), (1 / 2,), (0.0, 3 / 4)), (2 / 9, 1 / 3, 4 / 9)),
+    "vdh3": ((0.0, 8 / 15, 2 / 3), ((), (8 / 15,), (1 / 4, 5 / 12)), (1 / 4, 0.0, 3 / 4)),
+    "ssprk3": ((0.0, 1.0, 1 / 2), ((), (1.0,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 2 / 3)),
+    "rk4": (
+        (0.0, 1 / 2, 1 / 2, 1.0),
+        ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
+        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
+    ),
+}
+
+
+def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
+    """Writes one step from s to t; returns the number of the evaluation at s.
+
+    With variable "epsilon": v = x/alpha moves by d v = epsilon d rho, stages at
+    rho_s + c (rho_t - rho_s). With "velocity": x itself moves by d x = velocity d t.
+    A step to sigma = 0 is Euler's, whatever the tableau (a stage at c = 1 would ask the network
+    for a noise that is not there).
+    """
+    schedule = rows.schedule
+    straight = rows.variable == "velocity"
+    if float(schedule.sigma(t)) == 0.0:
+        tableau = "euler"
+    c, a, b = TABLEAUS[tableau]
+    if straight:
+        length, times = t - s, [s + node * (t - s) for node in c]
+        scale = [1.0] * (len(c) + 1)
+    else:
+        rho_s, rho_t = float(schedule.rho(s)), float(schedule.rho(t))
+        length = rho_t - rho_s
+        times = [_time_of_rho(schedule, rho_s + node * length) for node in c]
+        scale = [float(schedule.alpha(node)) for node in (*times, t)]
+    times = [
+        s if node == 0.0 else t if node == 1.0 else time
+        for node, time in zip(c, times, strict=True)
+    ]
+    first = rows.current
+    alpha_s = scale[0]
+    for i, time in enumerate(times):
+        last = i + 1 == len(c)
+        weights = b if last else a[i + 1]
+        factor = scale[i + 1]
+        row = (
+            factor / alpha_s,
+            {first + j: factor * length * w for j, w in enumerate(weights) if w},
+        )
+        if last:
+            rows.add(time, x=row)
+        else:
+            rows.add(time, e=row)
+    return first
+
+
+def _time_of_rho(schedule: Schedule, rho: float) -> float:
+    return float(schedule.t_of_lambda(-np.log(rho)))
+
+
+@dataclass(frozen=True)
+class RhoRK(Solver):
+    """rhoRK-DEIS: explicit Runge-Kutta for d(x/alpha)/d(sigma/alpha) = epsilon.
+
+    Order of the tableau (heun 2, the third-order ones 3, rk4 4), as many evaluations a step as it
+    has stages; a step to sigma = 0 is Euler's. rhoRK-Heun on an EDM schedule is EDM's sampler.
+
+    Args:
+        tableau: A name in `TABLEAUS`: "euler", "heun", "kutta3", "heun3", "ralston3", "vdh3",
+            "ssprk3", "rk4".
+
+    Source: Zhang & Chen, "DEIS", arXiv:2204.13902, section 3.3.
+    """
+
+    tableau: str = "heun"
+
+    def __post_init__(self) -> None:
+        choice(self.name, "tableau", self.tableau, tuple(TABLEAUS))
+
+    @property
+    def name(self) -> str:
+        return f"deis-{self.tableau}"
+
+    def variable(self, schedule: Schedule, times: Array) -> str:
+        return "epsilon"
+
+    def write(self, rows: Rows, times: Array) -> None:
+        for s, t in itertools.pairwise(times):
+            runge_kutta_step(rows, self.tableau, s, t)
+
+
+@dataclass(frozen=True)
+class Heun(RhoRK):
+    """Heun in the schedule's own straight variable, the last step to sigma = 0 by Euler.
+
+    On EDM and VP schedules d(x/alpha)/d(sigma/alpha) = epsilon (there it is rhoRK-Heun); on
+    FlowMatching dx/dt = velocity. Order 2, two evaluations a step, 2 steps - 1 when the grid ends
+    at sigma = 0.
+
+    Source: Karras et al., "Elucidating the Design Space", arXiv:2206.00364, Algorithm 1.
+    """
+
+    tableau: str = "heun"
+
+    @property
+    def name(self) -> str:
+        return self.tableau
+
+    def variable(self, schedule: Schedule, times: Array) -> str:
+        return "velocity" if isinstance(schedule, FlowMatching) else "epsilon"
+
+
+@dataclass(frozen=True)
+class Euler(Heun):
+    """Euler in the schedule's own straight variable; order 1.
+
+    On EDM and VP schedules the same numbers as ddim. On FlowMatching x' = x + (t' - t) velocity,
+    which is ddim as well, and is defined at both ends t = 1 and t = 0.
+
+    Source: Karras et al., arXiv:2206.00364, Algorithm 1 without its correction.
+    """
+
+    tableau: str = "euler"
