@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fastdiff: fast, exact sampling for diffusion and flow models.
+
+A sampler is data: a schedule, a solver and a grid compile to a table of coefficients (`Plan`), and
+one fused kernel runs any of them.
+
+    import fastdiff as fd
+
+    schedule = fd.schedules.VPLinear(beta_min=0.1, beta_max=20.0)
+    plan = fd.plan(schedule, "deis-3", steps=10, prediction="epsilon")
+    x = fd.noise.prior(plan, (64, 1, 8, 8), seeds=0)
+    images = fd.sample(network, x, plan)
+"""
+
+import torch as _torch  # noqa: F401  before the compiled core: one OpenMP runtime
+
+from . import backends, grids, models, noise, schedules, solvers
+from .guidance import CFG
+from .plan import Plan, Stage
+from .sampler import Sampler, sample
+from .solvers import plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CFG",
+    "Plan",
+    "Sampler",
+    "Stage",
+    "backends",
+    "grids",
+    "models",
+    "noise",
+    "plan",
+    "sample",
+    "schedules",
+    "solvers",
+]

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifier-free guidance: one batched network call, combined inside the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .plan import Plan
+from .schedules import Array
+
+
+@dataclass(frozen=True, eq=False)
+class CFG:
+    """Classifier-free guidance: out = uncond + scale (cond - uncond).
+
+    The network is called once on 2 B samples, the unconditional half first, and the combination is
+    part of the fused stage: it costs no pass over memory.
+
+    Args:
+        scale: A number; a tensor [B], one scale a sample; or a sequence of one scale a stage. The
+            number 1 is no guidance, and calls the network on B samples.
+        uncond: Conditioning of the unconditional branch, with `cond`'s structure. Keys it lacks are
+            shared with `cond`. Where `cond` has a tensor, it has a tensor with B or 1 samples, or a
+            number.
+
+    Source: Ho & Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, with
+    scale = 1 + w.
+    """
+
+    scale: float | torch.Tensor | Sequence[float] = 1.0
+    uncond: Any = None
+
+    def __post_init__(self) -> None:
+        scale = self.scale
+        if isinstance(scale, torch.Tensor):
+            if scale.ndim > 1 or scale.is_complex() or scale.dtype == torch.bool:
+                raise ValueError(
+                    "CFG: scale is a number, a real tensor [B] or a sequence of one a stage; got a "
+                    f"{scale.dtype} tensor of shape {tuple(scale.shape)}."
+                )
+            if scale.ndim == 0:
+                object.__setattr__(self, "scale", float(scale))
+            else:
+                object.__setattr__(self, "scale", scale.detach().cpu().double())
+        elif isinstance(scale, list | tuple | np.ndarray):
+            object.__setattr__(self, "scale", tuple(float(s) for s in scale))
+        elif isinstance(scale, int | float | np.number) and not isinstance(scale, bool):
+            object.__setattr__(self, "scale", float(scale))
+        else:
+            raise TypeError(
+                f"CFG: scale is a number, a tensor [B] or a sequence of one a stage; got {scale!r}."
+            )
+        if not np.all(np.isfinite(np.asarray(self.scale))):
+            raise ValueError(f"CFG: scale is finite; got {scale!r}.")
+
+    @property
+    def branches(self) -> int:
+        """Network outputs combined: 2, or 1 where the scale is the number 1."""
+        return 1 if isinstance(self.scale, float) and self.scale == 1.0 else 2
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether each sample has its own scale."""
+        return isinstance(self.scale, torch.Tensor)
+
+    def table(self, plan: Plan, batch: int) -> Array:
+        """The packed table with guidance weights in it.
+
+        Returns:
+            float64 [S, width], or [S * batch, width] (row s * batch + b for sample b) where the
+            scale is per sample.
+        """
+        if self.branches == 1:
+            return plan.pack()
+        stages = len(plan.stages)
+        table = plan.pack((1.0, 1.0))
+        first = table.shape[1] - 2 * plan.extras - 2
+        if isinstance(self.scale, torch.Tensor):
+            if len(self.scale) != batch:
+                raise ValueError(
+                    f"CFG: a scale a sample needs {batch} values; got {len(self.scale)}."
+                )
+            table = np.repeat(table, batch, axis=0)
+            scale = np.tile(self.scale.numpy(), stages)
+        elif isinstance(self.scale, tuple):
+            if len(self.scale) != stages:
+                raise ValueError(
+                    f"CFG: a scale a stage needs {stages} values (plan.stages); got "
+                    f"{len(self.scale)}. One a sample is a tensor."
+                )
+            scale = np.array(self.scale)
+        else:
+            scale = np.full(stages, self.scale)
+        table[:, first] *= 1.0 - scale
+        table[:, first + 1] *= scale
+        return table
+
+    def weights(self, stage: int, x: torch.Tensor) -> tuple[Any, Any]:
+        """(uncond, cond) weights at a stage, shaped to multiply samples like x."""
+        scale: Any = self.scale
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(x).reshape(-1, *[1] * (x.ndim - 1))
+        elif isinstance(scale, tuple):
+            scale = scale[stage]
+        return 1.0 - scale, scale
+
+
+def check_batch(cond: Any, batch: int, where: str = "cond") -> None:
+    """Raises unless every tensor in a (nested) dict has `batch` samples in its first dimension."""
+    if isinstance(cond, Mapping):
+        for key, value in cond.items():
+            check_batch(value, batch, f"{where}[{key!r}]")
+    elif isinstance(cond, torch.Tensor) and (cond.ndim == 0 or cond.shape[0] != batch):
+        raise ValueError(
+            f"sample: a tensor in the conditioning has one entry a sample in its first dimension, "
+            f"{batch} here; got {where} of shape {tuple(cond.shape)}. Expand it, or put a tensor "
+            "without a batch dimension inside a tuple, which is handed to the network as it is."
+        )
+
+
+def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
+    """Conditioning of the doubled batch: uncond first, then cond, leaf by leaf.
+
+    Args:
+        cond, uncond: See `CFG`; uncond None: shared.
+        batch: Samples B.
+        where: Path, for errors.
+    """
+    if isinstance(cond, Mapping):
+        uncond = {} if uncond is None else uncond
+        if not isinstance(uncond, Mapping):
+            raise TypeError(
+                f"CFG: uncond has the structure of cond; {where} is a dict and uncond has "
+                f"{type(uncond).__name__} there."
+            )
+        for key in uncond:
+            if key not in cond:
+                raise ValueError(
+                    f"CFG: uncond has the structure of cond; {where} has no {key!r} "
+                    f"(it has {', '.join(map(repr, cond)) or 'nothing'})."
+                )
+        return {
+            key: batched(value, uncond.get(key), batch, f"{where}[{key!r}]")
+            for key, value in cond.items()
+        }
+    if isinstance(cond, torch.Tensor):
+        if uncond is None:
+            other = cond
+        elif isinstance(uncond, torch.Tensor | int | float) and not isinstance(uncond, bool):
+            other = torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device)
+            if other.ndim == 0 or (other.ndim == cond.ndim and other.shape[0] == 1):
+                other = other.expand(batch, *(other.shape[1:] or cond.shape[1:]))
+        else:
+            raise TypeError(
+                f"CFG: where cond has a tensor uncond has a tensor or a number; got "
+                f"{type(uncond).__name__} for {where}."
+            )
+        if other.shape != cond.shape:
+            raise ValueError(
+                f"CFG: uncond has cond's shape, or one sample of it; {where} is "
+                f"{tuple(cond.shape)} and uncond has {tuple(other.shape)}."
+            )
+        return torch.cat([other, cond])
+    if uncond is not None and uncond is not cond:
+        same = type(uncond) is type(cond) and isinstance(cond, str | int | float) and uncond == cond
+        if not same:
+            raise TypeError(
+                f"CFG: only tensors can differ between the branches, which share one network call; "
+                f"{where} is {type(cond).__name__}. Leave it out of uncond, or give tensors."
+            )
+    return cond
