@@ -11,7 +11,8 @@ import fastdiff as fd
 
 VP = fd.schedules.VPLinear()
 T_MAX, T_MIN = 0.8, 0.05
-VARIANCE = 0.3
+# Several, because the leading error of one scalar problem may change sign near 160 steps.
+GAUSSIAN = np.array([0.4, 0.5, 0.6, 0.7])
 WEIGHTS = [0.5, 0.3, 0.2]
 MEANS = [[1.0, -0.5, 0.3, 0.8], [-0.9, 0.6, -1.1, 0.2], [0.2, 1.4, 0.5, -1.0]]
 VARIANCES = [[0.04, 0.09, 0.05, 0.16], [0.1, 0.05, 0.08, 0.06], [0.07, 0.12, 0.25, 0.05]]
@@ -23,28 +24,25 @@ def problem(name):
     """(network, x at T_MAX, exact x at T_MIN)."""
     x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if name == "gaussian":
-        model = fd.models.GaussianMixture([1.0], [[0.0] * 4], [[VARIANCE] * 4])
-        scale = [
-            float(np.hypot(np.sqrt(VARIANCE) * VP.alpha(t), VP.sigma(t))) for t in (T_MAX, T_MIN)
-        ]
-        return model.network(VP), x, x * (scale[1] / scale[0])
+        model = fd.models.GaussianMixture([1.0], [[0.0] * 4], GAUSSIAN[None])
+        scale = [np.hypot(np.sqrt(GAUSSIAN) * VP.alpha(t), VP.sigma(t)) for t in (T_MAX, T_MIN)]
+        return model.network(VP), x, x * torch.from_numpy(scale[1] / scale[0])
     network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
     fine = fd.plan(VP, "deis-rk4", 1500, grid="logsnr", t_max=T_MAX, t_min=T_MIN)
     return network, x, fd.sample(network, x, fine)
 
 
-def slope(solver, name, grid):
+def slope(solver, name, grid, steps=160):
     network, x, exact = problem(name)
     options = fd.solvers.info(solver).options if isinstance(solver, str) else {}
     full = {"warmup": "runge-kutta"} if "warmup" in options else {}
     errors = []
-    for steps in (160, 320):
-        plan = fd.plan(VP, solver, steps, grid=grid, t_max=T_MAX, t_min=T_MIN, **full)
+    for count in (steps, 2 * steps):
+        plan = fd.plan(VP, solver, count, grid=grid, t_max=T_MAX, t_min=T_MIN, **full)
         errors.append(float((fd.sample(network, x, plan) - exact).norm()))
     return float(np.log2(errors[0] / errors[1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("grid", ["uniform", "logsnr"])
 @pytest.mark.parametrize("name", ["gaussian", "mixture"])
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -81,6 +79,8 @@ def test_published_third_order_multistep_is_of_order_two(solver):
     assert 1.75 <= slope(wrong, "mixture", "logsnr") <= 2.5
 
 
-@pytest.mark.parametrize("solver", ["deis-3", "dpmpp-3m"])
-def test_lower_order_warmup_caps_the_order_at_two(solver):
-    assert slope(fd.solvers.get(solver), "mixture", "logsnr") < 2.75
+def test_lower_order_warmup_caps_the_order_at_two():
+    # one first-order step leaves h² behind, which overtakes h³ only on fine grids
+    lower = fd.solvers.get("deis-3", warmup="lower")
+    assert slope(lower, "gaussian", "uniform", steps=1600) < 2.7
+    assert slope("deis-3", "gaussian", "uniform", steps=1600) > 2.9
