@@ -18,7 +18,15 @@ DATA = json.loads((Path(__file__).parent / "data" / "published.json").read_text(
 CASES = {case["key"]: case for case in DATA["cases"]}
 VP = fd.schedules.VPLinear(beta_min=0.1, beta_max=20.0)
 GRIDS = {"time_uniform": "uniform", "logSNR": "logsnr", "time_quadratic": "quadratic"}
-TABLEAUS = {"2heun": "heun", "3kutta": "kutta3", "4rk": "rk4", "3ssprk": "ssprk3"}
+TABLEAUS = {
+    "2heun": "heun",
+    "3kutta": "kutta3",
+    "3heun": "heun3",
+    "3ral": "ralston3",
+    "3vdh": "vdh3",
+    "3ssprk": "ssprk3",
+    "4rk": "rk4",
+}
 
 
 def plan_of(case):
@@ -49,6 +57,11 @@ def plan_of(case):
         lower = p["lower_order_final"]
         name = f"deis-logrho-{p['solver_order']}"
         return fd.plan(VP, name, steps, grid=grid, lower_order_final=lower)
+    if family == "diffusers_dpm":
+        prefix, suffix = ("dpm", "") if p["algorithm_type"] == "dpmsolver" else ("dpmpp", "s")
+        rule = {"midpoint": "dpmsolver", "heun": "taylor"}[p["solver_type"]]
+        options = {"published": True, "method": "diffusers", "solver_type": rule}
+        return fd.plan(VP, f"{prefix}-{p['solver_order']}{suffix}", steps, grid=grid, **options)
     if family == "diffusers_zero_final":
         name = f"dpmpp-{p['solver_order']}m"
         return fd.plan(VP, name, steps + 1, grid=[*grid, 0.0], lower_order_final=True)

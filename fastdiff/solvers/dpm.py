@@ -18,6 +18,7 @@ from .base import Rows, Solver, choice, clip_range
 from .exponential import adams, moments, transfer
 
 _FORMS = ("epsilon", "x0")
+_METHODS = ("singlestep", "singlestep_fixed", "diffusers")
 
 # Above which sum |b| / |sum b|, by form and order, a step among the last is better lowered:
 # measured on a Gaussian mixture, four grids, 4 to 40 steps (docs/choosing.md). An even grid has 2
@@ -34,7 +35,13 @@ def _prefix(form: str) -> str:
 
 
 def singlestep(
-    rows: Rows, order: int, s: float, t: float, solver_type: str, inner: tuple[float, ...] = ()
+    rows: Rows,
+    order: int,
+    s: float,
+    t: float,
+    solver_type: str,
+    inner: tuple[float, ...] = (),
+    inner_type: str = "taylor",
 ) -> int:
     """Writes one singlestep of order 1, 2 or 3 from s to t; returns the evaluation's number at s.
 
@@ -44,6 +51,7 @@ def singlestep(
         s, t: The step.
         solver_type: "dpmsolver" or "taylor".
         inner: Times of the inner nodes; empty: 1/2, or 1/3 and 2/3 of the step in lambda.
+        inner_type: Rule of the second inner node at order 3.
     """
     schedule, form = rows.schedule, rows.variable
     lam_s, lam_t = float(schedule.lambda_t(s)), float(schedule.lambda_t(t))
@@ -57,23 +65,18 @@ def singlestep(
     if not inner:
         fractions = (0.5,) if order == 2 else (1 / 3, 2 / 3)
         inner = tuple(float(schedule.t_of_lambda(lam_s + r * h)) for r in fractions)
-    lam = schedule.lambda_t(np.asarray(inner))
-    r = (lam - lam_s) / h
-    w = moments(schedule, form, s, t, order)
     rows.add(s, e=_first_order(schedule, form, s, inner[0], first))
-    a = transfer(schedule, form, s, t)
     if order == 2:
-        g = 0.5 * w[0] / r[0] if solver_type == "dpmsolver" else w[1] / (h * r[0])
-        rows.add(inner[0], x=(a, {first: w[0] - g, first + 1: g}))
+        row = _second_order(schedule, form, s, t, inner[0], first, first + 1, solver_type)
+        rows.add(inner[0], x=row)
         return first
-    v = moments(schedule, form, s, inner[1], 2)
-    g = v[1] / (lam[0] - lam_s)
-    a_2 = transfer(schedule, form, s, inner[1])
-    rows.add(inner[0], e=(a_2, {first: v[0] - g, first + 1: g}))
+    row = _second_order(schedule, form, s, inner[1], inner[0], first, first + 1, inner_type)
+    rows.add(inner[0], e=row)
     if solver_type == "dpmsolver":
-        g = w[1] / (h * r[1])
-        rows.add(inner[1], x=(a, {first: w[0] - g, first + 2: g}))
+        row = _second_order(schedule, form, s, t, inner[1], first, first + 2, "taylor")
+        rows.add(inner[1], x=row)
     else:
+        a = transfer(schedule, form, s, t)
         b = adams(schedule, form, s, t, (s, *inner))
         rows.add(inner[1], x=(a, dict(zip(range(first, first + 3), b.tolist(), strict=True))))
     return first
@@ -83,6 +86,24 @@ def _first_order(
     schedule: Schedule, form: str, s: float, t: float, k: int
 ) -> tuple[float, dict[int, float]]:
     return transfer(schedule, form, s, t), {k: moments(schedule, form, s, t, 1)[0]}
+
+
+def _second_order(
+    schedule: Schedule,
+    form: str,
+    s: float,
+    t: float,
+    node: float,
+    k_s: int,
+    k_node: int,
+    solver_type: str,
+) -> tuple[float, dict[int, float]]:
+    """From s to t with the outputs k_s at s and k_node at `node`."""
+    w = moments(schedule, form, s, t, 2)
+    lam = schedule.lambda_t(np.array([s, node, t]))
+    ahead = 1.0 / (lam[1] - lam[0])
+    g = 0.5 * w[0] * (lam[2] - lam[0]) * ahead if solver_type == "dpmsolver" else w[1] * ahead
+    return transfer(schedule, form, s, t), {k_s: w[0] - g, k_node: g}
 
 
 @dataclass(frozen=True)
@@ -240,8 +261,11 @@ class DPMSolverSinglestep(Solver):
             uniform in lambda for the grids that are, and else every order-th time of a grid of
             `steps` intervals, whose times between are the inner nodes. An explicit grid gives
             either steps + 1 times or the outer ones.
-        method: With published=True: "singlestep" (the above) or "singlestep_fixed" (steps // order
-            steps, all of full order).
+        method: With published=True: "singlestep" (the above), "singlestep_fixed" (steps // order
+            steps, all of full order), or "diffusers": diffusers 0.42.1's reading, in which the
+            outer times are always taken from a grid of `steps` intervals, an even budget ends with
+            two first-order steps at order 2, and the second inner node at order 3 follows
+            solver_type ("midpoint" and "heun" there are "dpmsolver" and "taylor" here).
         clip: Bound or (lo, hi) for x0; form "x0" only.
 
     Source: Lu et al., arXiv:2206.00927, Algorithms 1, 2 and appendix D; arXiv:2211.01095,
@@ -260,10 +284,10 @@ class DPMSolverSinglestep(Solver):
         choice(self.name, "form", self.form, _FORMS)
         choice(self.name, "solver_type", self.solver_type, ("dpmsolver", "taylor"))
         choice(self.name, "published", self.published, (False, True))
-        choice(self.name, "method", self.method, ("singlestep", "singlestep_fixed"))
+        choice(self.name, "method", self.method, _METHODS)
         if self.method != "singlestep" and not self.published:
             raise ValueError(
-                f"{self.name}: method='singlestep_fixed' spends a budget of evaluations: it needs "
+                f"{self.name}: method={self.method!r} spends a budget of evaluations: it needs "
                 "published=True. Without it every step is of full order already."
             )
         if self.clipping is not None and self.form != "x0":
@@ -304,18 +328,19 @@ class DPMSolverSinglestep(Solver):
         schedule = self._schedule(schedule)
         orders = self._orders(steps)
         named = isinstance(grid, str)
-        name = schedule.default_grid if named and grid == "auto" else grid
-        outer = (named and name in ("logsnr", "exponential")) or (
-            not named and len(np.atleast_1d(np.asarray(grid))) == len(orders) + 1
+        name: Any = schedule.default_grid if named and grid == "auto" else grid
+        outer = self.method != "diffusers" and (
+            name in ("logsnr", "exponential") if named else len(name) == len(orders) + 1
         )
         fine = grids.build(schedule, len(orders) if outer else sum(orders), grid, **ends)
         starts = np.arange(len(orders) + 1) if outer else np.cumsum([0, *orders])
+        inner_type = self.solver_type if self.method == "diffusers" else "taylor"
 
         def write(rows: Rows) -> None:
             for k, order in enumerate(orders):
                 i, j = starts[k], starts[k + 1]
                 inner = tuple(fine[i + 1 : j].tolist())
-                singlestep(rows, order, fine[i], fine[j], self.solver_type, inner)
+                singlestep(rows, order, fine[i], fine[j], self.solver_type, inner, inner_type)
 
         return self._compile(schedule, prediction, fine[starts], write)
 
@@ -333,4 +358,6 @@ class DPMSolverSinglestep(Solver):
             return [self.order] * full
         if self.order == 3 and rest == 0:
             return [3] * (full - 1) + [2, 1]
+        if self.order == 2 and rest == 0 and self.method == "diffusers":
+            return [2] * (full - 1) + [1, 1]
         return [self.order] * full + [rest] * (rest > 0)
