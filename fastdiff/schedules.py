@@ -637,13 +637,13 @@ class FlowMatching(Schedule):
         return float(t)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Custom(Schedule):
     """A schedule from two callables; lambda is inverted numerically.
 
     Args:
-        alpha_fn, sigma_fn: float64 arrays of times to arrays of scales; alpha falls and sigma grows
-            with t, so that lambda strictly decreases. Accurate values near sigma = 0 matter: write
+        alpha, sigma: Functions of float64 arrays of times, to scales (a constant is legal); lambda
+            strictly decreases with t. Accurate values near sigma = 0 matter: write
             sqrt(-expm1(2 log alpha)), not sqrt(1 - alpha²).
         t_range: (smallest, largest) time. sigma > 0 and alpha > 0 inside it.
         grid_range: Default (t_min, t_max) of grids; None: t_range, moved inside by a thousandth
@@ -652,26 +652,40 @@ class Custom(Schedule):
 
     Raises:
         ValueError: lambda does not strictly decrease over the range.
+        TypeError: alpha or sigma is not a function of arrays.
     """
 
-    alpha_fn: Callable[[Array], Array] = field(default=np.cos, repr=False)
-    sigma_fn: Callable[[Array], Array] = field(default=np.sin, repr=False)
-    t_range: tuple[float, float] = (0.0, 1.0)
-    grid_range: tuple[float, float] | None = None
-    time_scale: float = 1.0
+    alpha_fn: Callable[[Array], ArrayLike] = field(repr=False)
+    sigma_fn: Callable[[Array], ArrayLike] = field(repr=False)
+    t_range: tuple[float, float]
+    grid_range: tuple[float, float] | None
+    time_scale: float
 
-    def __post_init__(self) -> None:
-        _positive("Custom", time_scale=self.time_scale)
+    def __init__(
+        self,
+        alpha: Callable[[Array], ArrayLike],
+        sigma: Callable[[Array], ArrayLike],
+        t_range: tuple[float, float] = (0.0, 1.0),
+        grid_range: tuple[float, float] | None = None,
+        time_scale: float = 1.0,
+    ) -> None:
+        put = functools.partial(object.__setattr__, self)
+        put("alpha_fn", alpha)
+        put("sigma_fn", sigma)
+        put("t_range", tuple(map(float, t_range)))
+        put("grid_range", None if grid_range is None else tuple(map(float, grid_range)))
+        put("time_scale", time_scale)
+        _positive("Custom", time_scale=time_scale)
         lo, hi = self.t_range
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
-            raise ValueError(f"Custom: t_range is (lo, hi) with lo < hi; got {self.t_range!r}.")
+            raise ValueError(f"Custom: t_range is (lo, hi) with lo < hi; got {t_range!r}.")
         nodes = np.linspace(lo, hi, 1025)
         falls = np.diff(self.lambda_t(nodes)) < 0
         if not np.all(falls):
             bad = int(np.argmin(falls))
             raise ValueError(
                 "Custom: lambda = log(alpha/sigma) strictly decreases with t; between t = "
-                f"{nodes[bad]:.6g} and {nodes[bad + 1]:.6g} it does not. Check alpha_fn, sigma_fn."
+                f"{nodes[bad]:.6g} and {nodes[bad + 1]:.6g} it does not. Check alpha and sigma."
             )
 
     @property
@@ -697,10 +711,20 @@ class Custom(Schedule):
         return self._inside(0)
 
     def alpha(self, t: ArrayLike) -> Array:
-        return np.asarray(self.alpha_fn(_array(t)), dtype=np.float64)
+        return self._scale("alpha", self.alpha_fn, _array(t))
 
     def sigma(self, t: ArrayLike) -> Array:
-        return np.asarray(self.sigma_fn(_array(t)), dtype=np.float64)
+        return self._scale("sigma", self.sigma_fn, _array(t))
+
+    @staticmethod
+    def _scale(name: str, function: Callable[[Array], ArrayLike], t: Array) -> Array:
+        try:
+            return np.broadcast_to(np.asarray(function(t), dtype=np.float64), t.shape)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"Custom: {name} is a function of a float64 array, with its shape or a constant "
+                f"(np.cos, not math.cos); at an array of shape {t.shape} it fails: {error}."
+            ) from None
 
     def lambda_t(self, t: ArrayLike) -> Array:
         with np.errstate(divide="ignore"):
@@ -730,7 +754,7 @@ class Custom(Schedule):
         return np.where(nearer_lo | (at_lo == target), lo, hi)
 
     def _dot(self, scale: Callable[[Array], Array], t: ArrayLike) -> Array:
-        """Derivative by a complex-free fourth-order difference kept inside the range."""
+        """Derivative by a fourth-order difference kept inside the range."""
         t = _array(t)
         lo, hi = self.t_range
         step = np.maximum(1e-4 * (hi - lo) * np.ones_like(t), 1e-300)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws of every schedule."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -25,9 +27,8 @@ SCHEDULES = {
     "ddpm": VPDiscrete.linear(),
     "edm": EDM(0.002, 80.0, 0.5),
     "flow": FlowMatching(),
-    "custom": Custom(
-        alpha_fn=lambda t: np.cos(0.5 * np.pi * t), sigma_fn=lambda t: np.sin(0.5 * np.pi * t)
-    ),
+    "custom": Custom(lambda t: np.cos(0.5 * np.pi * t), lambda t: np.sin(0.5 * np.pi * t)),
+    "custom-ve": Custom(alpha=lambda t: 1.0, sigma=lambda t: t, t_range=(0.01, 50.0)),
 }
 ALL = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
@@ -162,7 +163,8 @@ def test_aliases_of_diffusers_are_accepted():
         (lambda: VPDiscrete(alphas_cumprod=[0.5, 0.0]), "strictly decreases"),
         (lambda: EDM(sigma_min=1.0, sigma_max=0.5), "above sigma_min"),
         (lambda: FlowMatching(time_scale=0.0), "time_scale"),
-        (lambda: Custom(alpha_fn=np.sin, sigma_fn=np.cos), "strictly decreases"),
+        (lambda: Custom(np.sin, np.cos), "strictly decreases"),
+        (lambda: Custom(np.cos, np.sin, t_range=(1.0, 0.0)), "lo < hi"),
         (lambda: schedules.prediction_name("epsilom"), "'epsilon'"),
         (lambda: FlowMatching().conversion("epsilon", "x0", 1.0), "does not follow"),
     ],
@@ -170,3 +172,8 @@ def test_aliases_of_diffusers_are_accepted():
 def test_bad_schedules_are_refused_with_the_reason(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_custom_schedules_take_functions_of_arrays():
+    with pytest.raises(TypeError, match=r"np\.cos, not math\.cos"):
+        Custom(math.cos, math.sin)
