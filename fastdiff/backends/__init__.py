@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends by name: which there are, which run here, and which one serves a run.
+
+`torch` is the reference and runs everywhere; `cpu` is the compiled core.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch as _torch
+
+from .._text import unknown
+from .base import Backend, Registers, RunStage
+from .cpu import CpuBackend
+from .torch import TorchBackend
+
+__all__ = ["Backend", "Registers", "RunStage", "choose", "get", "names", "status"]
+
+_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TorchBackend())}
+_warned = False
+
+
+def names() -> tuple[str, ...]:
+    """The names that `get` and `backend=` take."""
+    return tuple(_BACKENDS)
+
+
+def get(name: str) -> Backend:
+    """The backend of that name, whether or not it runs here.
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    if name not in _BACKENDS:
+        raise unknown("backends.get", "backend", name, _BACKENDS)
+    return _BACKENDS[name]
+
+
+def status() -> dict[str, str]:
+    """For every backend "available", or what is missing and how to get it."""
+    return {name: backend.missing() or "available" for name, backend in _BACKENDS.items()}
+
+
+def choose(
+    name: str | None,
+    state: _torch.dtype,
+    network: _torch.dtype,
+    device: _torch.device,
+) -> Backend:
+    """The backend for a run.
+
+    Args:
+        name: A backend's name, or None for the fastest that can serve.
+        state: Dtype of the registers.
+        network: Dtype of the network's inputs and outputs.
+        device: Where the registers lie.
+
+    Returns:
+        The named backend; for None `cpu` where it can serve, else `torch`. Where only the missing
+        compiled core is in the way, that is said once, as a warning.
+
+    Raises:
+        ValueError: There is no backend of that name.
+        RuntimeError: The named backend does not run here.
+        NotImplementedError: It does not serve these dtypes or this device; the error names those
+            that do.
+    """
+    if name is not None:
+        backend = get(name)
+        missing = backend.missing()
+        if missing is not None:
+            raise RuntimeError(f'backend="{name}": it does not run here; {missing}.')
+        reason = backend.supports(state, network, device)
+        if reason is not None:
+            serving = [
+                n
+                for n, b in _BACKENDS.items()
+                if b.missing() is None and b.supports(state, network, device) is None
+            ]
+            raise NotImplementedError(
+                f'backend="{name}": {reason}. Use one of: {", ".join(serving)}.'
+            )
+        return backend
+    for backend in _BACKENDS.values():
+        if backend.supports(state, network, device) is None:
+            missing = backend.missing()
+            if missing is None:
+                return backend
+            _warn(backend.name, missing)
+    raise AssertionError("the torch backend serves everything")
+
+
+def _warn(name: str, missing: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f'fastdiff: backend="{name}" would be faster and does not run here; {missing}. '
+            'Until then torch serves; backend="torch" silences this.',
+            RuntimeWarning,
+            stacklevel=3,
+        )
