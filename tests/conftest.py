@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test stands on: Triton's interpreter without a GPU, fixed seeds, one thread."""
+
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+# Read by triton when it is imported, which no test has done yet and `import torch` does not do.
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# Tensors here are small, and threads that wait for each other are slow on a busy machine. Tests
+# about threads set their own number.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Random numbers that a test did not seed are the same in every run and in any order."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
