@@ -85,6 +85,11 @@ def shift(schedule: Schedule, steps: int, t_max: float, t_min: float, shift: flo
     Source: Esser et al., "Scaling Rectified Flow Transformers", arXiv:2403.03206, eq. 23.
     """
     _parameter("shift", "shift", shift)
+    if schedule.domain != (0.0, 1.0):
+        raise ValueError(
+            f"grid: 'shift' maps times in [0, 1] to [0, 1]; {schedule} has "
+            f"[{schedule.domain[0]:g}, {schedule.domain[1]:g}]. Use 'karras' or 'logsnr'."
+        )
     s_max, s_min = (t / (shift - (shift - 1.0) * t) for t in (t_max, t_min))
     s = np.linspace(s_max, s_min, steps + 1)
     return shift * s / (1.0 + (shift - 1.0) * s)

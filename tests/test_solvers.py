@@ -28,6 +28,7 @@ SCHEDULES = {
     ),
 }
 SOLVERS = fd.solvers.names()
+DETERMINISTIC = [name for name in SOLVERS if not fd.solvers.info(name).stochastic]
 
 
 def follow(plan, schedule, x0, eps):
@@ -63,12 +64,10 @@ def usable(solver, schedule, **options):
     return fd.plan(schedule, solver, 6, **start, **options)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", DETERMINISTIC)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_perfect_prediction_stays_on_the_marginal(solver, name):
     schedule, prediction = SCHEDULES[name]
-    if solver == "ddpm":
-        pytest.skip("adds noise; see test_noise_keeps_the_marginal_variance")
     plan = usable(solver, schedule, prediction=prediction)
     for x0, eps in ((1.0, 0.0), (0.0, 1.0), (0.7, -1.3)):
         states = follow(plan, schedule, x0, eps)
@@ -93,10 +92,10 @@ def test_every_solver_compiles_on_every_grid(solver, grid):
         assert plan.steps == 7
 
 
-@pytest.mark.parametrize("solver", [s for s in SOLVERS if fd.solvers.info(s).nfe_per_step == 1])
+@pytest.mark.parametrize(
+    "solver", [s for s in DETERMINISTIC if fd.solvers.info(s).nfe_per_step == 1]
+)
 def test_first_step_of_a_multistep_solver_is_ddim(solver):
-    if fd.solvers.info(solver).stochastic:
-        pytest.skip("draws noise")
     first = fd.plan(VP, solver, 6, prediction="v").stages[0]
     ddim = fd.plan(VP, fd.solvers.DDIM(form="epsilon"), 6, prediction="v").stages[0]
     x0 = fd.plan(VP, fd.solvers.DDIM(form="x0"), 6, prediction="v").stages[0]
