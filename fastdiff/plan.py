@@ -561,8 +561,8 @@ class Plan:
     def __str__(self) -> str:
         made_of = [self.solver, f"{self.steps} steps", f"{self.nfe} NFE"]
         made_of += [f"h = {self.variable} from {self.prediction}", self.schedule]
-        lines = ["  ".join(part for part in made_of if part)]
-        lines.append(f"{'n':>3}  {'t':>10}  {'h':<26}  update")
+        title = "  ".join(part for part in made_of if part)
+        table = [("n", "t", "h", ["update"])]
         at_e = False
         for n, s in enumerate(self.stages):
             point = "e" if at_e else "x"
@@ -579,8 +579,12 @@ class Plan:
             if s.noise and s.noise != ((s.noise[0][0], 1.0),):
                 rows.append("xi = " + _combination([(w, f"z_{k}") for k, w in s.noise]))
             at_e = s.writes_e
-            lines.append(f"{n:>3}  {s.t:>10.6g}  {h:<26}  {rows[0]}")
-            lines += [f"{'':43}{row}" for row in rows[1:]]
+            table.append((str(n), f"{s.t:.6g}", h, rows))
+        n_wide, t_wide, h_wide = (max(len(str(row[i])) for row in table) for i in range(3))
+        lines = [title]
+        for n_text, t_text, h, rows in table:
+            head = f"{n_text:>{n_wide}}  {t_text:>{t_wide}}  {h:<{h_wide}}  "
+            lines += [head + rows[0], *(" " * len(head) + row for row in rows[1:])]
         return "\n".join(lines)
 
 
