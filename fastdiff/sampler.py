@@ -98,6 +98,7 @@ class Sampler:
         self.dtype = dtype
         self.check = check
         self._run: _Run | None = None
+        self._parameter = _floating_parameter(network)
 
     def __call__(
         self,
@@ -157,8 +158,9 @@ class Sampler:
                         stage(i * stride, output, None)
                     except (TypeError, ValueError, AttributeError) as error:
                         raise self._bad_output(i, output, inputs[i], error) from None
-            result = torch.empty_like(x, memory_format=torch.contiguous_format)
-            return (result if out is None else out).copy_(run.registers.x)
+            if out is None:
+                out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            return out.copy_(run.registers.x)
 
     def _observed(
         self,
@@ -241,8 +243,8 @@ class Sampler:
                 "them as extras=(...)."
             )
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
-        network = self.dtype or _parameter_dtype(self.network) or x.dtype
-        key = (tuple(x.shape), state, network, x.device)
+        network = self.dtype or (x.dtype if self._parameter is None else self._parameter.dtype)
+        key = (x.shape, state, network, x.device)
         if self._run is not None and self._run.key == key:
             return self._run
         backend = backends.choose(self.backend, state, network, x.device)
@@ -411,12 +413,9 @@ def _at_e(plan: Plan, i: int) -> bool:
     return bool(int(plan.table[i, 0]) & AT_E)
 
 
-def _parameter_dtype(network: Any) -> torch.dtype | None:
-    if isinstance(network, torch.nn.Module):
-        for parameter in network.parameters():
-            if parameter.dtype.is_floating_point:
-                return parameter.dtype
-    return None
+def _floating_parameter(network: Any) -> torch.nn.Parameter | None:
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    return next((p for p in parameters if p.dtype.is_floating_point), None)
 
 
 def _requiring_grad(cond: Any, where: str = "cond") -> list[str]:
