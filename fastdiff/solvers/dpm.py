@@ -21,12 +21,12 @@ _FORMS = ("epsilon", "x0")
 _METHODS = ("singlestep", "singlestep_fixed", "diffusers")
 
 # Above which sum |b| / |sum b|, by form and order, a step among the last is better lowered:
-# measured on a Gaussian mixture, four grids, 4 to 40 steps (docs/choosing.md). An even grid has 2
-# at order 2 and 3 to 4 at order 3; uniform t ends with 5 and 50.
+# measured on two problems, four grids, 4 to 40 steps (docs/choosing.md). An even grid has 2 at
+# order 2 and 3 to 4 at order 3; uniform t ends with 5 and 50.
 SHORT_STEP = 0.25  # in lambda: a shorter step extrapolates safely
 AMPLIFICATION = {
-    "epsilon": {1: math.inf, 2: 5.0, 3: 7.0},
-    "x0": {1: math.inf, 2: 0.0, 3: 4.5},
+    "epsilon": {1: math.inf, 2: 2.75, 3: 5.0},
+    "x0": {1: math.inf, 2: 0.0, 3: 4.4},
 }
 
 
