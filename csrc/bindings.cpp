@@ -3,16 +3,9 @@
 //
 // Tensors arrive as addresses (Tensor.data_ptr()); the caller answers for their shapes. Everything
 // that a table or an index could do to memory is checked here or below, and reported.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+#include "bindings.h"
 #include "cpu.h"
 
-namespace py = pybind11;
 using namespace fastdiff;
 
 namespace {
@@ -20,98 +13,14 @@ namespace {
 // Work shorter than this is over before another thread could use the interpreter.
 constexpr int64_t kReleaseGil = 65536;
 
-// A message is "stage: <the rule>; got row <row>. <what to do>".
-[[noreturn]] void refuse(Status status, int64_t row, int64_t rows) {
-    const auto message = [row](const std::string& rule, const char* advice) {
-        return "stage: " + rule + "; got row " + std::to_string(row) + ". " + advice;
-    };
-    switch (status) {
-        case kBadRow:
-            throw py::index_error(
-                message("rows (with stage_index) lie in [0, " + std::to_string(rows) + ")",
-                        "Is stage_index ahead of its plan?"));
-        case kBadFlags:
-            throw py::value_error(message("flags are a sum of the bits in fastdiff.plan",
-                                          "Pack the table with Plan.pack."));
-        case kBadCount:
-            throw py::value_error(message("draws and n_terms fit the layout",
-                                          "Bind with the layout that the table was packed for."));
-        case kBadSlot:
-            throw py::value_error(message("pushes and terms use slots of the bound history",
-                                          "Give Registers.history at least Plan.slots slots."));
-        case kBadStream:
-            throw py::value_error(message("noise streams are unsigned 32-bit integers",
-                                          "Pack the table with Plan.pack."));
-        case kNoE:
-            throw py::value_error(message("a row that reads or writes e needs that register",
-                                          "Bind Registers.e."));
-        case kNoH:
-            throw py::value_error(
-                message("a row without an evaluation neither weighs nor pushes h",
-                        "Pack the table with Plan.pack."));
-        case kNoOut:
-            throw py::value_error(
-                message("a row that evaluates needs the network's output", "Give out."));
-        case kNoXi:
-            throw py::value_error(
-                message("a row that weighs noise draws it or is given it", "Give xi."));
-        case kNoSeeds:
-            throw py::value_error(message("a row that draws noise needs seeds",
-                                          "Bind Registers.seeds or give xi."));
-        case kBadDtype:
-            throw py::type_error("stage: dtypes are those of the compiled core; got another code.");
-        default:
-            throw py::value_error("stage: addresses, sizes and layout agree; got others.");
-    }
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 class Stage {
 public:
     Stage(int state, int network, int64_t batch, int64_t size, uintptr_t x, uintptr_t e,
           uintptr_t history, int64_t slots, uintptr_t m, int64_t copies,
           const std::vector<uintptr_t>& extras, uintptr_t seeds, uintptr_t table, int64_t rows,
-          int64_t width, int terms, int branches, uintptr_t stage_index) {
-        const int count = static_cast<int>(extras.size());
-        if (terms > kMaxTerms || branches > kMaxBranches || count > kMaxExtras) {
-            PyErr_Format(PyExc_NotImplementedError,
-                         "stage: the compiled core takes up to %d history terms, %d branches and "
-                         "%d extra registers; got %d, %d and %d. Use backend=\"torch\".",
-                         kMaxTerms, kMaxBranches, kMaxExtras, terms, branches, count);
-            throw py::error_already_set();
-        }
-        if ((state != kFloat32 && state != kFloat64) || network < 0 || network >= kDtypes) {
-            refuse(kBadDtype, 0, rows);
-        }
-        args_.state = state;
-        args_.network = network;
-        args_.out_dtype = network;
-        args_.batch = batch;
-        args_.size = size;
-        args_.x = pointer<void>(x);
-        args_.e = pointer<void>(e);
-        args_.history = pointer<void>(history);
-        args_.slots = history == 0 ? 0 : slots;
-        args_.m = pointer<void>(m);
-        args_.copies = copies;
-        for (int i = 0; i < count; ++i) args_.extra[i] = pointer<const void>(extras[i]);
-        args_.seeds = pointer<const uint64_t>(seeds);
-        args_.table = pointer<const double>(table);
-        args_.rows = rows;
-        args_.stage_index = pointer<const int64_t>(stage_index);
-        args_.terms = terms;
-        args_.branches = branches;
-        args_.extras = count;
-        const bool sizes = batch >= 0 && size >= 0 && slots >= 0 && copies >= 0 && rows >= 0;
-        if (!sizes || terms < 0 || branches < 1 || width != row_width(args_) ||
-            (table == 0 && rows > 0) || (x == 0 && batch * size > 0)) {
-            refuse(kBadLayout, 0, rows);
-        }
-    }
+          int64_t width, int terms, int branches, uintptr_t stage_index)
+        : args_(stage_args(state, network, batch, size, x, e, history, slots, m, copies, extras,
+                           seeds, table, rows, width, terms, branches, stage_index)) {}
 
     // `out` 0: no network output; `xi` 0: the row draws its own noise.
     void run(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
@@ -133,7 +42,7 @@ public:
     }
 
 private:
-    StageArgs args_{};
+    StageArgs args_;
 };
 
 void normal(uintptr_t z, int dtype, uintptr_t seeds, int64_t batch, int64_t size, uint32_t stream,

@@ -15,6 +15,13 @@
 #else
 #define FASTDIFF_HD inline __attribute__((always_inline))
 #endif
+// Before a loop of a GPU thread that is kept a loop: unrolled, its loads would take registers that
+// other threads need.
+#if defined(__CUDA_ARCH__)
+#define FASTDIFF_ROLLED _Pragma("unroll 1")
+#else
+#define FASTDIFF_ROLLED
+#endif
 
 namespace fastdiff {
 

@@ -46,6 +46,10 @@ enum Status : int32_t {
     kNoSeeds,       // the row draws noise and no seeds are bound
     kBadDtype,      // an unknown dtype code
     kBadLayout,     // sizes that contradict each other
+    kOverlap,       // an input that a thread may read after another has written there
+    kMisaligned,    // an address that is no multiple of its element's size
+    kTooLarge,      // sizes whose product passes 2^63 bytes
+    kDeviceError,   // the CUDA runtime's own
 };
 
 // Everything one launch needs besides the row. Registers are contiguous [batch, size].
@@ -100,10 +104,9 @@ FASTDIFF_HD bool is_index(double value, double lo, double hi) {
     return value >= lo && value <= hi && value == static_cast<double>(static_cast<int64_t>(value));
 }
 
+// From the columns `v` of a row, wherever they lie. Writes nothing but `row`.
 template <class T>
-FASTDIFF_HD Status resolve(const StageArgs& a, int64_t index, Row<T>& row) {
-    if (index < 0 || index >= a.rows) return kBadRow;
-    const double* v = a.table + index * row_width(a);
+FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     const double* terms = v + kHeadColumns;
     const double* weights = terms + 3 * a.terms;
     const double* extras = weights + a.branches;
@@ -157,8 +160,8 @@ FASTDIFF_HD Status resolve(const StageArgs& a, int64_t index, Row<T>& row) {
         const double b = writes_x ? terms[1] : 0, g = writes_e ? terms[2] : 0;
         if (b == 0 && g == 0) continue;
         if (!is_index(terms[0], 0, static_cast<double>(a.slots) - 1)) return kBadSlot;
-        const int32_t slot = static_cast<int32_t>(terms[0]);
-        row.term[row.terms++] = {static_cast<T>(b), static_cast<T>(g), slot};
+        row.term[row.terms++] = {static_cast<T>(b), static_cast<T>(g),
+                                 static_cast<int32_t>(terms[0])};
     }
     row.extras = 0;
     for (int i = 0; i < a.extras; ++i) {
@@ -182,21 +185,46 @@ FASTDIFF_HD Status resolve(const StageArgs& a, int64_t index, Row<T>& row) {
     return kOk;
 }
 
+template <class T>
+FASTDIFF_HD Status resolve(const StageArgs& a, int64_t index, Row<T>& row) {
+    if (index < 0 || index >= a.rows) return kBadRow;
+    return resolve(a, a.table + index * row_width(a), row);
+}
+
+template <class T, class IO>
+FASTDIFF_HD typename IO::V noise_of(const Row<T>& row, const IO& io) {
+    if (row.draws == 0) return io.xi();
+    typename IO::V xi = io.zero();
+    FASTDIFF_ROLLED
+    for (int d = 0; d < row.draws; ++d) xi = io.fma(row.xi[d], io.draw(d), xi);
+    return xi;
+}
+
 // The update of what `io` stands at: one element or a pack of them. Every load precedes every
 // store, so x', e', the push and m' may overwrite what the same elements were read from.
 //
 // IO supplies the value type V; zero(), fma(T, V, V), mul(T, V), clip(V, T, T); loads x(), e(),
 // out(g), term(j), extra(i), xi(), draw(d) (list positions of the row); and stores put_x, put_e,
-// put_push, put_m.
+// put_push, put_m; and kNoiseFirst: whether the noise is made before anything is loaded (where
+// making it takes registers) or when it is added (where it is read).
 template <bool kHasE, class T, class IO>
 FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
     using V = typename IO::V;
     V x = io.zero(), e = io.zero(), h = io.zero(), x_next = io.zero(), e_next = io.zero();
+    V xi = io.zero();
+    if (IO::kNoiseFirst && row.loads_xi) xi = noise_of(row, io);
     if (row.loads_x) x = io.x();
     if (row.loads_e) e = io.e();
     if (row.flags & kEvaluate) {
+        FASTDIFF_ROLLED
         for (int g = 0; g < row.branches; ++g) h = io.fma(row.k[g], io.out(g), h);
-        if (row.p != T(0)) h = io.fma(row.p, (row.flags & kAtE) ? e : x, h);
+        if (row.p != T(0)) {  // no reference to either: a GPU would keep both in memory for it
+            if (row.flags & kAtE) {
+                h = io.fma(row.p, e, h);
+            } else {
+                h = io.fma(row.p, x, h);
+            }
+        }
         if (row.flags & kClip) h = io.clip(h, row.lo, row.hi);
     }
     if (row.x_reads & kReadsX) x_next = io.fma(row.a_x, x, x_next);
@@ -207,21 +235,18 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
         if (row.e_reads & kReadsE) e_next = io.fma(row.d_e, e, e_next);
         if (row.e_reads & kReadsH) e_next = io.fma(row.g_0, h, e_next);
     }
+    FASTDIFF_ROLLED
     for (int j = 0; j < row.terms; ++j) {
         const V past = io.term(j);
         if (!kHasE || row.term[j].b != T(0)) x_next = io.fma(row.term[j].b, past, x_next);
         if (kHasE && row.term[j].g != T(0)) e_next = io.fma(row.term[j].g, past, e_next);
     }
     if (row.loads_xi) {
-        V xi = io.zero();
-        if (row.draws == 0) {
-            xi = io.xi();
-        } else {
-            for (int d = 0; d < row.draws; ++d) xi = io.fma(row.xi[d], io.draw(d), xi);
-        }
+        if (!IO::kNoiseFirst) xi = noise_of(row, io);
         if (row.x_reads & kReadsXi) x_next = io.fma(row.c, xi, x_next);
         if (kHasE && (row.e_reads & kReadsXi)) e_next = io.fma(row.c_e, xi, e_next);
     }
+    FASTDIFF_ROLLED
     for (int i = 0; i < row.extras; ++i) {
         const V extra = io.extra(i);
         if (!kHasE || row.extra[i].b != T(0)) x_next = io.fma(row.extra[i].b, extra, x_next);
@@ -230,8 +255,14 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
     if (row.flags & kWritesX) io.put_x(x_next);
     if (kHasE) io.put_e(e_next);
     if (row.push >= 0) io.put_push(h);
-    const V& point = kHasE ? e_next : (row.flags & kWritesX) ? x_next : x;
-    if (row.writes_m) io.put_m(io.mul(row.c_in, point));
+    if (row.writes_m) {
+        if (kHasE) {
+            x = e_next;
+        } else if (row.flags & kWritesX) {
+            x = x_next;
+        }
+        io.put_m(io.mul(row.c_in, x));
+    }
 }
 
 // -- storage types -------------------------------------------------------------------------------
@@ -251,6 +282,13 @@ FASTDIFF_HD float widen(Bfloat16 v) {
 FASTDIFF_HD float widen(Float16 v) {
     const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
     const uint32_t rest = v.bits & 0x7FFFu;
+#if defined(__CUDA_ARCH__)
+    if (rest <= 0x7C00u) {
+        float wide;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+        return wide;
+    }
+#endif
     if (rest >= 0x7C00u) {  // infinity; NaN keeps its payload and turns quiet
         return ScalarLanes::from_bits(sign | 0x7F800000u | (rest & 0x3FFu) << 13 |
                                       (rest > 0x7C00u ? 0x400000u : 0u));
@@ -270,6 +308,12 @@ FASTDIFF_HD void narrow(float v, Bfloat16& to) {
 FASTDIFF_HD void narrow(float v, Float16& to) {
     const uint32_t u = ScalarLanes::bits(v);
     const uint32_t sign = (u >> 16) & 0x8000u, a = u & 0x7FFFFFFFu;
+#if defined(__CUDA_ARCH__)
+    if (a <= 0x7F800000u) {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
+        return;
+    }
+#endif
     uint32_t half;
     if (a > 0x7F800000u) {
         half = 0x7E00u | ((a >> 13) & 0x3FFu);
@@ -316,6 +360,7 @@ struct Span {
 template <class T, class S>
 struct Element {
     using V = T;
+    static constexpr bool kNoiseFirst = false;
     const Span<T, S>& at;
     int64_t i;
 

@@ -15,6 +15,7 @@ the same bits, and takes some hundred times as long.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import operator
@@ -44,6 +45,22 @@ else:
             "Rebuild it: pip install -e ."
         )
 
+
+@functools.cache
+def cuda_core() -> tuple[Any, str | None]:
+    """The CUDA part of the compiled core, loaded when first asked for; or None and the reason."""
+    how = "with nvcc on PATH, FASTDIFF_CUDA=1 pip install -e . builds it"
+    try:
+        core = importlib.import_module("fastdiff._cuda")
+    except ModuleNotFoundError:
+        return None, f"the CUDA part is not built; {how}"
+    except ImportError as error:
+        return None, f"the CUDA part cannot be imported ({error}); {how}"
+    if core.abi != ABI:
+        return None, f"the CUDA part has ABI {core.abi} and {ABI} is needed; {how}"
+    return core, None
+
+
 Seeds = int | Sequence[int] | torch.Tensor
 
 
@@ -62,7 +79,8 @@ def normal(
         seeds: One seed a sample, as `seeds_tensor` takes them; an integer s means s .. s + B - 1.
         stream: 0 to 2**32 - 1. Stream 0 is the starting noise; the stages of plans draw from 1 on.
         dtype: Any floating dtype; values are float32 normals, widened or rounded to it.
-        device: Where the result lies; it is made on the CPU and copied.
+        device: Where the result lies. CUDA devices make it themselves where the CUDA part is built;
+            else it is made on the CPU and copied.
 
     Returns:
         Contiguous tensor of `shape`, owned by the caller.
@@ -81,15 +99,41 @@ def normal(
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"noise.normal: stream lies in [0, 2**32); got {stream}.")
     batch, size = sizes[0], math.prod(sizes[1:])
+    code = 1 if dtype == torch.float64 else 0
+    if device is not None and torch.device(device).type == "cuda":
+        core, _ = cuda_core()
+        if core is not None and core.problem() is None:
+            return _normal_on(torch.device(device), core, sizes, seeds, stream, code).to(dtype)
     bits = seeds_tensor(seeds, batch)
     if native is None:
         z = torch.from_numpy(reference(bits.numpy(), size, stream).reshape(sizes))
     else:
-        code = 1 if dtype == torch.float64 else 0
         z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32)
         threads = torch.get_num_threads()
         native.normal(z.data_ptr(), code, bits.data_ptr(), batch, size, stream, threads)
     return z.to(device=device, dtype=dtype)
+
+
+def _normal_on(
+    device: torch.device,
+    core: Any,
+    sizes: tuple[int, ...],
+    seeds: Seeds,
+    stream: int,
+    code: int,
+) -> torch.Tensor:
+    """Normals made by a CUDA device, on PyTorch's current stream there."""
+    z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32, device=device)
+    batch, size = sizes[0], math.prod(sizes[1:])
+    if isinstance(seeds, torch.Tensor) and seeds.device == z.device:
+        if seeds.dtype != torch.int64 or seeds.shape != (batch,):
+            seeds_tensor(seeds, batch)  # says which rule is broken
+        bits = seeds.contiguous()
+    else:
+        bits = seeds_tensor(seeds, batch).to(z.device)
+    number, queue = z.device.index, torch.cuda.current_stream(z.device).cuda_stream
+    core.normal(z.data_ptr(), code, bits.data_ptr(), batch, size, stream, number, queue)
+    return z
 
 
 def prior(

@@ -706,7 +706,6 @@ def test_an_unknown_backend_names_the_nearest():
         (torch.float32, torch.float16, CPU, "cpu"),
         (torch.float64, torch.float64, CPU, "cpu"),
         (torch.bfloat16, torch.bfloat16, CPU, "torch"),
-        (torch.float32, torch.float32, torch.device("cuda", 0), "torch"),
     ],
 )
 def test_the_fastest_backend_that_can_serve_is_chosen(state, network, device, name):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backends by name: which there are, which run here, and which one serves a run.
 
-`torch` is the reference and runs everywhere; `cpu` is the compiled core.
+`torch` is the reference and runs everywhere; `cpu` is the compiled core and `cuda` its CUDA part;
+`triton` runs on GPUs too.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ import torch as _torch
 from .._text import unknown
 from .base import Backend, Registers, RunStage
 from .cpu import CpuBackend
+from .cuda import CudaBackend
 from .torch import TorchBackend
+from .triton import TritonBackend
 
 __all__ = ["Backend", "Registers", "RunStage", "choose", "get", "names", "status"]
 
-_BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TorchBackend())}
+# For each device the fastest first.
+_BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), TorchBackend())
+}
 _warned = False
 
 
@@ -57,8 +63,9 @@ def choose(
         device: Where the registers lie.
 
     Returns:
-        The named backend; for None `cpu` where it can serve, else `torch`. Where only the missing
-        compiled core is in the way, that is said once, as a warning.
+        The named backend; for None the first of `cpu`, `cuda` and `triton` that can serve, else
+        `torch`. Where only something missing is in the way of them all, that is said once, as a
+        warning.
 
     Raises:
         ValueError: There is no backend of that name.
@@ -76,19 +83,31 @@ def choose(
             serving = [
                 n
                 for n, b in _BACKENDS.items()
-                if b.missing() is None and b.supports(state, network, device) is None
+                if b.missing() is None and _serves(b, state, network, device)
             ]
             raise NotImplementedError(
                 f'backend="{name}": {reason}. Use one of: {", ".join(serving)}.'
             )
         return backend
+    lacking: tuple[str, str] | None = None
     for backend in _BACKENDS.values():
-        if backend.supports(state, network, device) is None:
+        if _serves(backend, state, network, device):
             missing = backend.missing()
             if missing is None:
+                if lacking is not None and backend.name == "torch":
+                    _warn(*lacking)
                 return backend
-            _warn(backend.name, missing)
+            lacking = lacking or (backend.name, missing)
     raise AssertionError("the torch backend serves everything")
+
+
+def _serves(
+    backend: Backend, state: _torch.dtype, network: _torch.dtype, device: _torch.device
+) -> bool:
+    """Whether a backend is one to choose or to recommend."""
+    if backend.name == "triton" and device.type == "cpu":
+        return False  # its interpreter is for tests
+    return backend.supports(state, network, device) is None
 
 
 def _warn(name: str, missing: str) -> None:

@@ -1,0 +1,183 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA kernels and their launchers. `cuda_kernels.h` says what a thread does; here stand the
+// barriers, the grids and the runtime's errors.
+#include "cuda_kernels.h"
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace fastdiff::cuda {
+namespace {
+
+// Registers for four blocks a processor in float32, two in float64, and no local memory.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 4 ? 4 : 2;
+
+// -- kernels -------------------------------------------------------------------------------------
+
+// All samples run one row: each block resolves it and strides over the batch.
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    stage_shared(const __grid_constant__ Launch l) {
+    __shared__ Resolved<T> at;
+    const int64_t index = row_of(l, 0);
+    at.fetch(l, index, threadIdx.x, kThreads);
+    __syncthreads();
+    if (threadIdx.x == 0) at.resolve(l, index);
+    __syncthreads();
+    if (at.status != kOk) return;
+    shared_thread<T, S>(l, at.row, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                        static_cast<int64_t>(gridDim.x) * kThreads);
+}
+
+// Each sample runs its own row: a warp takes a chunk of one sample at a time.
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    stage_samples(const __grid_constant__ Launch l) {
+    __shared__ Resolved<T> each[kWarps];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    Resolved<T>& at = each[warp];
+    const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
+    const int64_t units = l.args.batch * chunks;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
+    int64_t resolved = -1;  // never a row of the table
+    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < units; u += stride) {
+        const int64_t b = divide(u, chunks), index = row_of(l, b);
+        if (index != resolved || index < 0) {
+            __syncwarp();
+            at.fetch(l, index, lane, kWarp);
+            __syncwarp();
+            if (lane == 0) at.resolve(l, index);
+            __syncwarp();
+            resolved = index;
+        }
+        if (at.status == kOk) sample_lane<T, S>(l, at.row, b, u - b * chunks, lane, kWarp);
+    }
+}
+
+template <class Z>
+__global__ void __launch_bounds__(kThreads)
+    normals(Z* z, const uint64_t* seeds, int64_t batch, int64_t size, uint32_t stream, bool wide) {
+    normal_thread(z, seeds, batch, size, stream, wide,
+                  static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                  static_cast<int64_t>(gridDim.x) * kThreads);
+}
+
+// -- launchers -----------------------------------------------------------------------------------
+
+// The current device for a scope; touches nothing where it is the right one already.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        status_ = cudaGetDevice(&before_);
+        if (status_ == cudaSuccess && before_ != device) {
+            status_ = cudaSetDevice(device);
+            switched_ = status_ == cudaSuccess;
+        }
+    }
+    ~DeviceGuard() {
+        if (switched_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+    cudaError_t status() const { return status_; }
+
+private:
+    cudaError_t status_;
+    int before_ = 0;
+    bool switched_ = false;
+};
+
+Outcome outcome(cudaError_t error) {
+    if (error == cudaSuccess) return {kOk, nullptr};
+    cudaGetLastError();  // said here, and not again by the next call
+    return {kDeviceError, cudaGetErrorString(error)};
+}
+
+constexpr int kMaxDevices = 64;
+
+struct Kernel {
+    const void* function;
+    std::atomic<int> resident[kMaxDevices];  // blocks that a device holds at once; 0: not asked yet
+};
+
+// As many blocks as run at once: each resolves its row once and strides over the rest.
+cudaError_t blocks_for(Kernel& kernel, int device, int64_t wanted, unsigned* blocks) {
+    int most = device < kMaxDevices ? kernel.resident[device].load() : 0;
+    if (most == 0) {
+        int processors = 0, each = 0;
+        cudaError_t error =
+            cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        if (error == cudaSuccess) {
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads,
+                                                                  0);
+        }
+        if (error != cudaSuccess) return error;
+        most = processors * (each > 0 ? each : 1);
+        if (device < kMaxDevices) kernel.resident[device].store(most);
+    }
+    *blocks = static_cast<unsigned>(wanted < most ? wanted : most);
+    return cudaSuccess;
+}
+
+Outcome launch(Kernel& kernel, int64_t wanted, int device, void* stream, void** arguments) {
+    const DeviceGuard guard(device);
+    if (guard.status() != cudaSuccess) return outcome(guard.status());
+    unsigned blocks = 0;
+    const cudaError_t error = blocks_for(kernel, device, wanted, &blocks);
+    if (error != cudaSuccess) return outcome(error);
+    return outcome(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kThreads), arguments, 0,
+                                    static_cast<cudaStream_t>(stream)));
+}
+
+#define FASTDIFF_OUT_DTYPES(kernel, T)                                         \
+    {                                                                          \
+        {reinterpret_cast<const void*>(kernel<T, float>), {}},                 \
+            {reinterpret_cast<const void*>(kernel<T, double>), {}},            \
+            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), {}},          \
+            {reinterpret_cast<const void*>(kernel<T, Float16>), {}},           \
+    }
+
+Kernel kStages[2][2][kDtypes] = {  // [per sample][float64][Dtype of out]
+    {FASTDIFF_OUT_DTYPES(stage_shared, float), FASTDIFF_OUT_DTYPES(stage_shared, double)},
+    {FASTDIFF_OUT_DTYPES(stage_samples, float), FASTDIFF_OUT_DTYPES(stage_samples, double)},
+};
+Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), {}},
+                      {reinterpret_cast<const void*>(normals<double>), {}}};
+
+}  // namespace
+
+Outcome run(Launch l, int device, void* stream) {
+    const StageArgs& a = l.args;
+    const Status status = check_alignment(l);
+    if (status != kOk) return {status, nullptr};
+    const int64_t quads = quads_of(a.size);
+    if (a.batch == 0 || quads == 0) return {kOk, nullptr};
+    const bool per_sample = a.stage_index != nullptr;
+    const int64_t warps = a.batch * ((quads + kChunk - 1) / kChunk);
+    const int64_t wanted = per_sample ? (warps + kWarps - 1) / kWarps
+                                      : (a.batch * quads + kThreads - 1) / kThreads;
+    void* arguments[] = {&l};
+    return launch(kStages[per_sample][a.state == kFloat64][a.out_dtype], wanted, device, stream,
+                  arguments);
+}
+
+Outcome normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_t size,
+               uint32_t stream, int device, void* cuda_stream) {
+    if (dtype != kFloat32 && dtype != kFloat64) return {kBadDtype, nullptr};
+    const int64_t quads = quads_of(size);
+    if (batch == 0 || quads == 0) return {kOk, nullptr};
+    bool wide = size % 4 == 0 && reinterpret_cast<uintptr_t>(z) % 16 == 0;
+    void* arguments[] = {&z, &seeds, &batch, &size, &stream, &wide};
+    return launch(kNormals[dtype == kFloat64], (batch * quads + kThreads - 1) / kThreads, device,
+                  cuda_stream, arguments);
+}
+
+Outcome probe() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    return outcome(error == cudaSuccess && count == 0 ? cudaErrorNoDevice : error);
+}
+
+}  // namespace fastdiff::cuda

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA backend's entry points. Nothing here or below allocates device memory or waits for it.
+#pragma once
+
+#include "stage.h"
+
+namespace fastdiff::cuda {
+
+// One stage on one stream. The row that runs is row + *row_index + stage_index[b], each of the last
+// two where given: both are read by the kernel, so a captured graph follows them.
+struct Launch {
+    StageArgs args;            // every pointer is the device's, `table` too
+    int64_t row;
+    const int64_t* row_index;  // [1] or null
+    int64_t* fault;            // [2]: Status and row of a row that the kernel refused
+    bool aligned;              // set by `run`: accesses of four elements are legal
+};
+
+// What went wrong: kOk, or kDeviceError with the CUDA runtime's words.
+struct Outcome {
+    Status status;
+    const char* reason;
+};
+
+// Runs a stage on device number `device` and a cudaStream_t. The kernel checks the row once more:
+// one that would leave the registers writes nothing, and its status goes to `fault`.
+Outcome run(Launch launch, int device, void* stream);
+
+// Standard normals [batch, size] as float32 or float64.
+Outcome normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_t size,
+               uint32_t stream, int device, void* cuda_stream);
+
+// Whether there is a driver and a device.
+Outcome probe();
+
+}  // namespace fastdiff::cuda

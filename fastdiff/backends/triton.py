@@ -1,0 +1,501 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton: one stage in one pass over memory, on NVIDIA GPUs, compiled at its first call.
+
+`bind` checks everything that does not change between stages, uploads the table and fixes the
+launch; a stage is then one launch on the current stream, with no copy, no synchronisation and no
+allocation. Triton is imported by the first `bind`. Under Triton's interpreter (TRITON_INTERPRET=1
+set before triton is imported) the same kernels run on CPU tensors, a hundred times slower, for
+tests; `choose` never picks that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout
+from .base import Registers
+
+_STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OLDEST = (3, 3)  # the first with tuples of pointers as kernel arguments
+
+WARPS = 4
+# Elements of a program's tile, at most: 8 a thread, two 16-byte vectors of float32 or one of 16
+# bits; 4 in float64, which takes twice the registers.
+BLOCK = {4: 1024, 8: 512}
+_MOST_PROGRAMS = 2**31 - 1
+
+
+class TritonBackend:
+    name = "triton"
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed; pip install triton"
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # under another name
+            version = importlib.metadata.version("triton")
+            if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+                return f"triton {version} is too old; pip install --upgrade triton"
+        if not interpreting() and not torch.cuda.is_available():
+            return (
+                "it needs an NVIDIA GPU with its driver and a CUDA build of torch "
+                "(torch.cuda.is_available() is False); for tests, TRITON_INTERPRET=1 set before "
+                "Python starts runs it on CPU tensors"
+            )
+        return None
+
+    def supports(
+        self, state: torch.dtype, network: torch.dtype, device: torch.device
+    ) -> str | None:
+        served = "cpu" if interpreting() else "cuda"
+        if device.type != served:
+            how = " (TRITON_INTERPRET=1 is set)" if interpreting() else ""
+            return f"it runs {served} tensors{how}; got {device}"
+        if state not in _STATES:
+            return f"it keeps the state in {_names(_STATES)}; got {state}"
+        if network not in _STATES:
+            return f"it serves networks in {_names(_STATES)}; got {network}"
+        return None
+
+    def bind(
+        self,
+        registers: Registers,
+        table: torch.Tensor,
+        layout: Layout,
+        stage_index: torch.Tensor | None = None,
+        row_index: torch.Tensor | None = None,
+    ) -> Run:
+        """As `Backend.bind`; the result also has `table` and `refresh`.
+
+        Args:
+            registers, table, layout: See there.
+            stage_index: int64 [B], beside the registers: sample b runs `row + stage_index[b]`. A
+                sample whose row lies outside the table is left as it is.
+            row_index: int64 [1], beside the registers, likewise, added to `row`: a captured launch
+                runs the row that stands there at the replay.
+
+        Raises:
+            RuntimeError: Triton or the driver is missing.
+            NotImplementedError: A dtype or device that is not served.
+            TypeError, ValueError: Registers, table or index contradict each other or the contract.
+        """
+        missing = self.missing()
+        if missing is not None:
+            raise RuntimeError(f"triton backend: it does not run here; {missing}.")
+        x, m = registers.x, registers.m
+        if not x.shape:
+            raise ValueError("triton backend: x is [B, ...]; got a scalar tensor.")
+        reason = self.supports(x.dtype, x.dtype if m is None else m.dtype, x.device)
+        if reason is not None:
+            raise NotImplementedError(f'triton backend: {reason}. Use backend="torch".')
+        _check_registers(registers, table, layout, stage_index, row_index)
+        return Run(registers, table, layout, stage_index, row_index)
+
+
+class Run:
+    """A bound stage: `run(row, out, xi)` as in `Backend.bind`.
+
+    Attributes:
+        table: The rows on the device, [rows, width] in the arithmetic type (float32; float64 for a
+            float64 state). Kernels read it at every launch, captured ones too: coefficients may be
+            overwritten in place. Coefficients that underflow to 0 in float32 count as 0.
+
+    A change made to the CPU table by PyTorch is uploaded at the next call; `refresh` does so at
+    once, and for changes that PyTorch does not see. Neither happens inside a replayed graph.
+    """
+
+    def __init__(
+        self,
+        registers: Registers,
+        table: torch.Tensor,
+        layout: Layout,
+        stage_index: torch.Tensor | None,
+        row_index: torch.Tensor | None,
+    ) -> None:
+        from ..kernels.stage import stage_kernel
+
+        x, history, m = registers.x, registers.history, registers.m
+        self._kernel: Any = stage_kernel
+        self._interpreted = interpreting()
+        self._registers, self._layout = registers, layout
+        self._stage_index, self._row_index = stage_index, row_index
+        self._row_is_known = stage_index is None and row_index is None
+        self._batch, self._size = x.shape[0], math.prod(x.shape[1:])
+        self._wanted = torch.Size((layout.branches * x.shape[0], *x.shape[1:]))
+        self._device = x.device
+        self._launches: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._spans = [_span(t) for t in (x, registers.e, m) if t is not None and t.numel()]
+        self._copies = m.shape[0] // self._batch if m is not None and self._batch else 0
+        self._slots = 0 if history is None else history.shape[0]
+
+        self._draws, self._clips = 2, True  # the first table is bounded by nothing
+        arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.table = torch.empty(table.shape, dtype=arithmetic, device=x.device)
+        self._source = table
+        self.refresh(table)
+        rows = self._rows
+        self._draws = int(rows[:, 2].max(initial=0))
+        self._clips = bool((rows[:, 0].astype(int) & CLIP).any())
+
+    def refresh(self, table: torch.Tensor) -> None:
+        """Uploads a table of the same structure over `self.table`.
+
+        Args:
+            table: float64 [rows, width], CPU. It is checked, and read from here on.
+
+        Raises:
+            TypeError, ValueError: It is no such table, or its rows draw more noise or clip where
+                those of the bound table do not.
+        """
+        if table.shape != self.table.shape or table.dtype != torch.float64 or not table.is_cpu:
+            raise ValueError(
+                f"triton backend: the table is float64 {list(self.table.shape)} on the CPU; got "
+                f"{table.dtype} {list(table.shape)} on {table.device}."
+            )
+        rows = table.numpy().copy()
+        _check_rows(rows, self._layout, self._slots, self._registers)
+        draws = int(rows[:, 2].max(initial=0))
+        if draws > self._draws or (not self._clips and (rows[:, 0].astype(int) & CLIP).any()):
+            raise ValueError(
+                f"triton backend: the bound kernel draws {self._draws} times and "
+                f"{'clips' if self._clips else 'does not clip'}; the new table needs more. "
+                "Bind it anew."
+            )
+        self._rows = rows
+        self._source, self._version = table, _version(table)
+        self.table.copy_(table)
+        # what a row needs of a call; with indices on the device every row may run
+        flags = rows[:, 0].astype(int)
+        weighs = ((flags & WRITES_X) != 0) & (rows[:, 11] != 0)
+        weighs |= ((flags & WRITES_E) != 0) & (rows[:, 15] != 0)
+        self._needs_out = ((flags & EVALUATE) != 0).tolist()
+        undrawn, drawn = weighs & (rows[:, 2] == 0), weighs & (rows[:, 2] != 0)
+        if not self._row_is_known:
+            undrawn, drawn = undrawn | undrawn.any(), drawn | drawn.any()
+        self._needs_xi, self._needs_seeds = undrawn.tolist(), drawn.tolist()
+
+    def __call__(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+        if self._version != _version(self._source):
+            self.refresh(self._source)
+        if out is not None:
+            out = self._checked_out(out)
+        if xi is not None:
+            xi = self._checked_xi(xi)
+        self._check_row(row, out, xi)
+        if self._batch == 0 or self._size == 0:
+            return
+        key = (
+            None if out is None else (out.dtype, out.data_ptr() % 16 == 0, out.stride()),
+            None if xi is None else xi.data_ptr() % 16 == 0,
+        )
+        launch = self._launches.get(key)
+        if launch is None:
+            launch = self._launches[key] = self._prepared(out, xi)
+        if self._interpreted or torch.cuda.current_device() == self._device.index:
+            launch(row, out, xi)
+        else:
+            with torch.cuda.device(self._device):
+                launch(row, out, xi)
+
+    def _prepared(self, out: torch.Tensor | None, xi: torch.Tensor | None) -> Callable[..., Any]:
+        """The launch for outputs and noise of this dtype, alignment and stride."""
+        r = self._registers
+        # the stride of samples; a network may return any where there is one sample
+        stride = self._size if out is None or out.is_contiguous() else out.stride(0)
+        draws = 0 if xi is not None else self._draws
+        grid, numbers, constants = launch_shape(
+            *(self._batch, self._size, stride, draws),
+            *(self._stage_index is not None, BLOCK[self.table.element_size()]),
+        )
+        constants = {
+            **constants,
+            "TERMS": self._layout.terms,
+            "BRANCHES": self._layout.branches,
+            "EXTRAS": self._layout.extras,
+            "COPIES": self._copies,
+            "DRAWS": draws,
+            "CLIP": self._clips,
+        }
+        history = r.history if self._slots else None
+        seeds = r.seeds if draws else None
+        before = (r.x, r.e, history, r.m)
+        between = (r.extras, seeds, self.table, self._stage_index, self._row_index)
+        after = (self.table.shape[0], *numbers)
+        kernel = self._kernel
+        if self._interpreted:
+
+            def interpret(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+                with np.errstate(all="ignore"):
+                    kernel[grid](*before, out, xi, *between, row, *after, **constants)
+
+            return interpret
+
+        compiled: list[Callable[..., Any]] = []
+        values = tuple(constants.values())  # in the kernel's order
+
+        def launch(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+            if compiled:
+                # past Triton's own look-up of the specialisation, which `key` has settled
+                compiled[0](*before, out, xi, *between, row, *after, *values)
+                return
+            options = {"num_warps": WARPS, "enable_fp_fusion": False}
+            binary = kernel[grid](*before, out, xi, *between, row, *after, **constants, **options)
+            compiled.append(binary[grid])
+
+        return launch
+
+    def _check_row(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+        if not 0 <= row < len(self._rows):
+            raise IndexError(
+                f"triton backend: row lies in [0, {len(self._rows)}), the table's; got {row}."
+            )
+        if out is None and self._row_is_known and self._needs_out[row]:
+            raise ValueError(f"triton backend: row {row} evaluates the network. Give out.")
+        if xi is None:
+            if self._needs_xi[row]:
+                raise ValueError(
+                    "triton backend: a row that weighs noise draws it or is given it; row "
+                    f"{row} draws none. Give xi."
+                )
+            if self._needs_seeds[row] and self._registers.seeds is None:
+                raise ValueError(
+                    f"triton backend: row {row} draws noise. Bind Registers.seeds, or give xi."
+                )
+
+    def _checked_out(self, out: torch.Tensor) -> torch.Tensor:
+        if out.dtype not in _STATES:
+            raise TypeError(
+                f"network output: its dtype is one of {_names(_STATES)}; got {out.dtype}. "
+                'Cast it, or use backend="torch".'
+            )
+        if out.shape != self._wanted:
+            raise ValueError(
+                f"network output: its shape is {list(self._wanted)}, the sample's (times the "
+                f"guidance branches); got {list(out.shape)}. Slice off what the network returns "
+                "besides."
+            )
+        if out.device != self._device:
+            raise ValueError(
+                f"network output: it lies on {self._device}, with the registers; got {out.device}."
+            )
+        if not out.is_contiguous() and (out.numel() == 0 or not out[0].is_contiguous()):
+            return out.contiguous()
+        address = out.data_ptr()
+        for low, high in self._spans:
+            # a register itself is read and written element by element; any other view of one
+            # would be read by programs other than those that write it
+            if low < address < high or (address == low and not out.is_contiguous()):
+                return out.clone(memory_format=torch.contiguous_format)
+        return out
+
+    def _checked_xi(self, xi: torch.Tensor) -> torch.Tensor:
+        x = self._registers.x
+        if xi.dtype != x.dtype:
+            raise TypeError(f"triton backend: xi is {x.dtype}; got {xi.dtype}.")
+        if xi.shape != x.shape:
+            raise ValueError(f"triton backend: xi is {list(x.shape)}; got {list(xi.shape)}.")
+        if xi.device != x.device:
+            raise ValueError(f"triton backend: xi lies on {x.device}; got {xi.device}.")
+        return xi.contiguous()
+
+
+def launch_shape(
+    batch: int, size: int, stride: int, draws: int, own_rows: bool, block: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, int]]:
+    """How B samples of n elements are cut into programs.
+
+    Args:
+        batch, size: B and n, not 0.
+        stride: Elements between samples of the network's output.
+        draws: Draws of noise made in the kernel.
+        own_rows: Whether each sample has its own row of the table.
+        block: Elements of a tile, at most; a power of 2.
+
+    Returns:
+        The grid; the kernel's arguments (batch, size_units, out_units); and its constants in their
+        order, UNIT, OUT_UNIT, ROWS and COLS filled in, the rest left at 0 for the caller.
+
+    Raises:
+        ValueError: More programs than a grid holds.
+    """
+    contiguous = stride == size
+    if contiguous and not draws and not own_rows:
+        batch, size = 1, batch * size  # nothing tells the samples apart
+        stride = size
+        cols = block
+    else:
+        cols = min(block, max(4, 1 << (size - 1).bit_length()))
+    rows = block // cols if batch > 1 else 1
+    programs = -(-batch // rows) * -(-size // cols)
+    if programs > _MOST_PROGRAMS:
+        raise ValueError(
+            f"triton backend: a launch has at most {_MOST_PROGRAMS} programs of {block} elements; "
+            f"got {batch} samples of {size} elements, {programs} programs. Split the batch."
+        )
+    unit = _unit(size)
+    out_unit = 0 if contiguous else _unit(stride)
+    numbers = (batch, size // unit, stride // (out_unit or 1))
+    constants = {"UNIT": unit, "OUT_UNIT": out_unit}
+    constants |= dict.fromkeys(("TERMS", "BRANCHES", "EXTRAS", "COPIES", "DRAWS", "CLIP"), 0)
+    constants |= {"ROWS": rows, "COLS": cols}
+    return (programs, 1, 1), numbers, constants
+
+
+def interpreting() -> bool:
+    """Whether the kernels run, or would run, in Triton's interpreter."""
+    module = sys.modules.get("fastdiff.kernels.stage")
+    if module is not None:
+        return type(module.stage_kernel).__name__ == "InterpretedFunction"
+    value = os.environ.get("TRITON_INTERPRET", "")
+    return value.lower() in ("1", "true", "yes", "on", "y")  # what triton takes for true
+
+
+def _unit(count: int) -> int:
+    return 16 if count % 16 == 0 else 4 if count % 4 == 0 else 1
+
+
+def _version(table: torch.Tensor) -> int:
+    return 0 if table.is_inference() else table._version
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    low = tensor.data_ptr()
+    return low, low + tensor.numel() * tensor.element_size()
+
+
+def _check_registers(
+    registers: Registers,
+    table: torch.Tensor,
+    layout: Layout,
+    stage_index: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> None:
+    x, m, history = registers.x, registers.m, registers.history
+    state, shape, device = x.dtype, tuple(x.shape), x.device
+    batch = shape[0]
+    if len(registers.extras) != layout.extras:
+        raise ValueError(
+            f"triton backend: the layout names {layout.extras} extra registers; "
+            f"got {len(registers.extras)}."
+        )
+    checks: list[tuple[str, torch.Tensor | None, torch.dtype, tuple[int, ...]]]
+    checks = [("x", x, state, shape), ("e", registers.e, state, shape)]
+    if history is not None:
+        checks.append(("history", history, state, (history.shape[0], *shape)))
+    if m is not None:
+        copies = m.shape[0] // batch if batch else 0
+        checks.append(("m", m, m.dtype, (copies * batch, *shape[1:])))
+    checks += [(f"extras[{i}]", r, state, shape) for i, r in enumerate(registers.extras)]
+    checks.append(("seeds", registers.seeds, torch.int64, (batch,)))
+    checks.append(("stage_index", stage_index, torch.int64, (batch,)))
+    checks.append(("row_index", row_index, torch.int64, (1,)))
+    for name, tensor, dtype, wanted in checks:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"triton backend: {name} is {dtype}; got {tensor.dtype}.")
+        if tensor.shape != wanted:
+            raise ValueError(f"triton backend: {name} is {list(wanted)}; got {list(tensor.shape)}.")
+        if tensor.device != device:
+            raise ValueError(
+                f"triton backend: registers lie on one device; x is on {device}, {name} on "
+                f"{tensor.device}. Move {name}: {name}.to({str(device)!r})."
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"triton backend: {name} is contiguous; got strides {tensor.stride()}. "
+                f"Pass {name}.contiguous()."
+            )
+        if tensor.data_ptr() % tensor.element_size():
+            raise ValueError(
+                f"triton backend: {name} is aligned to its {tensor.element_size()}-byte elements; "
+                f"got address {tensor.data_ptr():#x}. Pass {name}.clone()."
+            )
+    if table.dtype != torch.float64:
+        raise TypeError(f"triton backend: table is torch.float64; got {table.dtype}.")
+    if table.shape != (table.shape[0], layout.width):
+        raise ValueError(
+            f"triton backend: table is [rows, {layout.width}]; got {list(table.shape)}."
+        )
+    if not table.is_cpu:
+        raise ValueError(
+            f"triton backend: the table is a CPU tensor, whose copy bind uploads; got "
+            f"{table.device}. Pass table.cpu()."
+        )
+    named = [(name, tensor) for name, tensor, _, _ in checks if tensor is not None]
+    written = ("x", "e", "history", "m")
+    for i, (name, tensor) in enumerate(named):
+        for other_name, other in named[:i]:
+            if name not in written and other_name not in written:
+                continue
+            if not (tensor.numel() and other.numel()):
+                continue
+            (low, high), (other_low, other_high) = _span(tensor), _span(other)
+            if low < other_high and other_low < high:
+                raise ValueError(
+                    f"triton backend: registers that are written share no memory; {other_name} and "
+                    f"{name} overlap. Pass {name}.clone()."
+                )
+
+
+def _check_rows(
+    rows: NDArray[np.float64], layout: Layout, slots: int, registers: Registers
+) -> None:
+    """Raises for the first row that would read or write what does not exist."""
+    columns = {name: rows[:, k] for k, name in enumerate(layout.columns)}
+
+    def refuse(bad: NDArray[np.bool_], rule: str, *names: str) -> None:
+        if bad.any():
+            row = int(np.argmax(bad))
+            got = ", ".join(f"{name} = {columns[name][row]:g}" for name in names)
+            raise ValueError(f"triton backend: {rule}; row {row} has {got}.")
+
+    def outside(name: str, low: float, high: float) -> NDArray[np.bool_]:
+        value = columns[name]
+        return ~((value >= low) & (value <= high) & (value == np.floor(value)))
+
+    refuse(outside("flags", 0, 31), "flags are a combination of the known bits", "flags")
+    refuse(outside("push", -1, slots - 1), f"history has {slots} slots", "push")
+    refuse(outside("draws", 0, 2), "draws fit the layout, 0 to 2", "draws")
+    refuse(
+        outside("n_terms", 0, layout.terms), f"n_terms fit the layout's {layout.terms}", "n_terms"
+    )
+    flags = columns["flags"].astype(int)
+    evaluates, writes_e = (flags & EVALUATE) != 0, (flags & WRITES_E) != 0
+    writes_x, at_e = (flags & WRITES_X) != 0, (flags & AT_E) != 0
+    for k in range(layout.terms):
+        read = writes_x & (columns[f"past_b_{k}"] != 0) | writes_e & (columns[f"past_g_{k}"] != 0)
+        read &= k < columns["n_terms"]
+        refuse(read & outside(f"slot_{k}", 0, slots - 1), f"history has {slots} slots", f"slot_{k}")
+    for k in (1, 2):
+        # 2^24: streams survive a table in float32
+        bad = outside(f"stream_{k}", 0, 2**24) & (columns["draws"] >= k)
+        refuse(bad, f"streams are integers in [0, {2**24}]", f"stream_{k}")
+    reads_e = writes_x & (columns["a_e"] != 0) | writes_e & (columns["d_e"] != 0)
+    reads_e |= evaluates & at_e & (columns["p"] != 0)
+    if registers.e is None:
+        refuse(
+            reads_e | writes_e,
+            "a row that reads or writes e needs Registers.e",
+            *("flags", "a_e", "d_e"),
+        )
+    weighs_h = writes_x & (columns["b_0"] != 0) | writes_e & (columns["g_0"] != 0)
+    refuse(
+        ~evaluates & (weighs_h | (columns["push"] >= 0)),
+        "without an evaluation there is no h to weigh or push",
+        *("flags", "b_0", "g_0", "push"),
+    )

@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One stage in one pass over memory: the one instruction every sampler compiles to, in Triton.
+
+    h  = clip(sum_g k_g out_g + p point)              point = e if the stage before wrote e, else x
+    x' = a_x x + a_e e + b_0 h + sum_k b_k H_k + c   xi + sum_i r_i R_i
+    e' = d_x x + d_e e + g_0 h + sum_k g_k H_k + c_e xi + sum_i s_i R_i
+    m' = c_in (e' if written, else x' if written, else x), cast, once per copy
+
+The arithmetic is that of `csrc/stage.h`: fused multiply-adds in table order, each sum from 0, in
+float32 (float64 for a float64 state); storage types are rounded to nearest even.
+
+A program owns a tile of ROWS samples by COLS elements. Long samples are cut (ROWS = 1), short ones
+share a program (COLS >= n); a batch whose samples need not be told apart is passed as one long
+sample. So no element index is ever divided, and the quads of the noise start at column 0.
+
+Which registers exist, the counts, dtypes and tile are compile-time constants; all that differs from
+row to row is read from `p_table` in device memory at run time: overwriting the table changes what a
+captured launch does. A register whose coefficients are 0 in this row is not loaded (its mask is
+false), whatever it holds.
+
+Every load of a tile precedes every store to it, and a program stores only to elements that no other
+program loads: x, e and a history slot are updated in place.
+"""
+
+import triton
+import triton.language as tl
+
+from .philox import normals
+
+# Columns and flags, as in fastdiff.plan; a test compares them.
+_FLAGS = tl.constexpr(0)
+_PUSH = tl.constexpr(1)
+_DRAWS = tl.constexpr(2)
+_STREAM_1 = tl.constexpr(3)
+_STREAM_2 = tl.constexpr(4)
+_P = tl.constexpr(5)
+_CLIP_LO = tl.constexpr(6)
+_CLIP_HI = tl.constexpr(7)
+_A_X = tl.constexpr(8)
+_A_E = tl.constexpr(9)
+_B_0 = tl.constexpr(10)
+_C = tl.constexpr(11)
+_D_X = tl.constexpr(12)
+_D_E = tl.constexpr(13)
+_G_0 = tl.constexpr(14)
+_C_E = tl.constexpr(15)
+_XI_1 = tl.constexpr(16)
+_XI_2 = tl.constexpr(17)
+_C_IN_NEXT = tl.constexpr(18)
+_N_TERMS = tl.constexpr(19)
+_HEAD = tl.constexpr(20)
+
+_EVALUATE = tl.constexpr(1)
+_AT_E = tl.constexpr(2)
+_WRITES_E = tl.constexpr(4)
+_WRITES_X = tl.constexpr(8)
+_CLIPS = tl.constexpr(16)
+
+
+@triton.jit
+def _widen(value, T: tl.constexpr):
+    """A stored value in the arithmetic type T, exactly (float64 to float32 is rounded)."""
+    if value.dtype == tl.bfloat16:
+        # by bits: Triton's interpreter has no bfloat16 arithmetic
+        wide = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return wide.to(tl.float32, bitcast=True).to(T)
+    elif value.dtype == tl.float16:
+        return value.to(tl.float32).to(T)
+    else:
+        return value.to(T)
+
+
+@triton.jit
+def _narrow(value, storage: tl.constexpr):
+    """A value in a storage type, to nearest even; float64 to 16 bits goes through float32."""
+    if storage == tl.bfloat16:
+        # by bits: Triton's interpreter truncates
+        bits = value.to(tl.float32).to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    elif storage == tl.float16:
+        return value.to(tl.float32).to(tl.float16)
+    else:
+        return value.to(storage)
+
+
+@triton.jit
+def _reads(c):
+    """Whether a coefficient is not 0."""
+    # by way of an integer, because the interpreter, where it spreads the result of a scalar
+    # comparison over a block, gives it the type of the operands
+    return (c != 0).to(tl.int32) != 0
+
+
+@triton.jit
+def _only(m_live, condition):
+    """m_live & condition; a selection keeps the interpreter's mask one of booleans."""
+    return tl.where(condition, m_live, tl.zeros_like(m_live))
+
+
+@triton.jit
+def _add(c, value, total):
+    """fma(c, value, total); `total` itself, to the bit, where c is 0."""
+    return tl.where(_reads(c), tl.fma(c, value, total), total)
+
+
+@triton.jit
+def _integer(p_row, COLUMN: tl.constexpr):
+    return tl.load(p_row + COLUMN).to(tl.int32)
+
+
+@triton.jit
+def _coefficient(p_row, COLUMN: tl.constexpr, used):
+    value = tl.load(p_row + COLUMN)
+    return tl.where(used, value, tl.zeros_like(value))
+
+
+@triton.jit
+def _xi(p_row, p_seeds, i_b, i_c, draws, T: tl.constexpr, DRAWS: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """The row's own noise, [ROWS, COLS]."""
+    seed = tl.load(p_seeds + i_b)
+    quad = i_c * (COLS // 4) + tl.arange(0, COLS // 4)[None, :].to(tl.int64)
+    zero = tl.zeros([ROWS, COLS], T)
+    stream = tl.load(p_row + _STREAM_1).to(tl.int64).to(tl.uint32)
+    z = normals(seed, stream, quad, ROWS, COLS).to(T)
+    xi = tl.fma(tl.load(p_row + _XI_1), z, zero)
+    if DRAWS > 1:
+        stream = tl.load(p_row + _STREAM_2).to(tl.int64).to(tl.uint32)
+        z = normals(seed, stream, quad, ROWS, COLS).to(T)
+        xi = tl.where(draws > 1, tl.fma(tl.load(p_row + _XI_2), z, xi), xi)
+    return xi
+
+
+@triton.jit(do_not_specialize=["row", "rows", "batch", "size_units", "out_units"])
+def stage_kernel(
+    p_x,  # [B, n], the state's dtype; like it e and extras
+    p_e,  # None where the run has no e
+    p_history,  # [slots, B, n], or None
+    p_m,  # [COPIES, B, n], the network's dtype, or None
+    p_out,  # branch g, sample b at (g B + b) out_stride; None: no row run here evaluates
+    p_xi,  # [B, n] noise used instead of the row's own, or None
+    p_extras,  # tuple of [B, n]
+    p_seeds,  # int64 [B], or None
+    p_table,  # [rows, WIDTH] in the arithmetic type
+    p_index,  # int64 [B]: sample b runs row `row + index[b]`; None: all run `row`
+    p_row_index,  # int64 [1], added to `row`, or None: a captured launch has its row there
+    row,
+    rows,
+    batch,  # B
+    size_units,  # n / UNIT
+    out_units,  # out_stride / OUT_UNIT
+    UNIT: tl.constexpr,  # 16, 4 or 1: the divisor of n that lets vectors be proved aligned
+    OUT_UNIT: tl.constexpr,  # likewise of out_stride; 0: out_stride = n
+    TERMS: tl.constexpr,
+    BRANCHES: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    COPIES: tl.constexpr,
+    DRAWS: tl.constexpr,  # the most that a row of the table draws
+    CLIP: tl.constexpr,  # whether any row clips
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """The kernel; see the module. Grid: ceil(B / ROWS) * ceil(n / COLS).
+
+    A sample whose row lies outside the table, or evaluates without `p_out`, is left as it is.
+    """
+    T: tl.constexpr = p_table.dtype.element_ty
+    S: tl.constexpr = p_x.dtype.element_ty
+    WIDTH: tl.constexpr = _HEAD + 3 * TERMS + BRANCHES + 2 * EXTRAS
+    OWN_ROWS: tl.constexpr = p_index is not None
+    HAS_E: tl.constexpr = p_e is not None
+
+    # int64 throughout: a register may hold more than 2^31 elements
+    n = size_units.to(tl.int64) * UNIT
+    total = batch * n
+    if ROWS == 1:
+        # a grid has fewer than 2^31 programs: a 32-bit division, once a program
+        col_tiles = tl.cdiv(n, COLS).to(tl.int32)
+        i_row_tile = (tl.program_id(0) // col_tiles).to(tl.int64)
+        i_c = (tl.program_id(0) % col_tiles).to(tl.int64)
+    else:  # COLS >= n
+        i_row_tile = tl.program_id(0).to(tl.int64)
+        i_c = i_row_tile - i_row_tile
+    o_c = i_c * COLS + tl.arange(0, COLS)[None, :].to(tl.int64)  # [1, COLS]
+    m_live = o_c < n
+    if ROWS == 1:
+        i_b = i_row_tile
+        o_b = i_b
+        i_seed = i_b + tl.zeros([1, 1], tl.int64)
+    else:
+        o_b = i_row_tile * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)  # [ROWS, 1]
+        m_live = m_live & (o_b < batch)
+        i_b = tl.minimum(o_b, batch - 1)
+        i_seed = i_b
+    o = o_b * n + o_c
+
+    # -- the row: scalars where the tile shares it, [ROWS, 1] otherwise ----------------------------
+    i_row = row.to(tl.int64)
+    if p_row_index is not None:
+        i_row += tl.load(p_row_index)
+    if OWN_ROWS:
+        i_row = i_row + tl.load(p_index + i_b)
+    if OWN_ROWS or p_row_index is not None:
+        m_row = (i_row >= 0) & (i_row < rows)
+        m_live = _only(m_live, m_row)
+        i_row = tl.where(m_row, i_row, 0)
+    p_row = p_table + i_row * WIDTH
+    flags = _integer(p_row, _FLAGS)
+    evaluates = (flags & _EVALUATE) != 0
+    writes_x = (flags & _WRITES_X) != 0
+    writes_e = (flags & _WRITES_E) != 0
+    at_e = (flags & _AT_E) != 0
+    if p_out is None:
+        m_live = _only(m_live, (flags & _EVALUATE) == 0)
+    a_x = _coefficient(p_row, _A_X, writes_x)
+    b_0 = _coefficient(p_row, _B_0, writes_x)
+    p = _coefficient(p_row, _P, evaluates)
+    if HAS_E:
+        a_e = _coefficient(p_row, _A_E, writes_x)
+        d_x = _coefficient(p_row, _D_X, writes_e)
+        d_e = _coefficient(p_row, _D_E, writes_e)
+        g_0 = _coefficient(p_row, _G_0, writes_e)
+    if p_m is not None:
+        c_in = tl.load(p_row + _C_IN_NEXT)
+    n_terms = _integer(p_row, _N_TERMS)
+
+    # -- x, e, h -----------------------------------------------------------------------------------
+    reads_x = _reads(a_x)
+    if HAS_E:
+        reads_x = reads_x | _reads(d_x) | (_reads(p) & ((flags & _AT_E) == 0))
+        reads_e = _reads(a_e) | _reads(d_e) | (_reads(p) & at_e)
+    else:
+        reads_x = reads_x | _reads(p)
+    if p_m is not None:
+        reads_x = reads_x | (_reads(c_in) & ((flags & (_WRITES_X + _WRITES_E)) == 0))
+    x = _widen(tl.load(p_x + o, mask=_only(m_live, reads_x), other=0.0), T)
+    point = x
+    if HAS_E:
+        e = _widen(tl.load(p_e + o, mask=_only(m_live, reads_e), other=0.0), T)
+        point = tl.where(at_e, e, x)
+    h = tl.zeros([ROWS, COLS], T)
+    if p_out is not None:
+        if OUT_UNIT == 0:
+            out_stride = n
+            o_out = o
+        else:
+            out_stride = out_units.to(tl.int64) * OUT_UNIT
+            o_out = o_b * out_stride + o_c
+        for g in tl.static_range(BRANCHES):
+            k_g = _coefficient(p_row, _HEAD + 3 * TERMS + g, evaluates)
+            p_branch = p_out + g * (batch * out_stride)
+            out = tl.load(p_branch + o_out, mask=_only(m_live, _reads(k_g)), other=0.0)
+            h = _add(k_g, _widen(out, T), h)
+        h = _add(p, point, h)
+        if CLIP:
+            clips = (flags & (_EVALUATE + _CLIPS)) == _EVALUATE + _CLIPS
+            lo = tl.load(p_row + _CLIP_LO)
+            hi = tl.load(p_row + _CLIP_HI)
+            clipped = tl.where(h < lo, lo, tl.where(h > hi, hi, h))  # NaN stays
+            h = tl.where(clips, clipped, h)
+
+    x_next = tl.zeros([ROWS, COLS], T)
+    e_next = x_next
+    x_next = _add(a_x, x, x_next)
+    if HAS_E:
+        x_next = _add(a_e, e, x_next)
+        e_next = _add(d_x, x, e_next)
+        e_next = _add(d_e, e, e_next)
+        e_next = _add(g_0, h, e_next)
+    x_next = _add(b_0, h, x_next)
+
+    # -- history -----------------------------------------------------------------------------------
+    if p_history is not None:
+        for k in tl.static_range(TERMS):
+            b_k = _coefficient(p_row, _HEAD + 3 * k + 1, writes_x & (k < n_terms))
+            reads = _reads(b_k)
+            if HAS_E:
+                g_k = _coefficient(p_row, _HEAD + 3 * k + 2, writes_e & (k < n_terms))
+                reads = reads | _reads(g_k)
+            p_slot = p_history + _integer(p_row, _HEAD + 3 * k).to(tl.int64) * total
+            past = _widen(tl.load(p_slot + o, mask=_only(m_live, reads), other=0.0), T)
+            x_next = _add(b_k, past, x_next)
+            if HAS_E:
+                e_next = _add(g_k, past, e_next)
+
+    # -- noise -------------------------------------------------------------------------------------
+    if p_xi is not None or DRAWS > 0:
+        c = _coefficient(p_row, _C, writes_x)
+        reads = _reads(c)
+        if HAS_E:
+            c_e = _coefficient(p_row, _C_E, writes_e)
+            reads = reads | _reads(c_e)
+        if p_xi is not None:
+            xi = _widen(tl.load(p_xi + o, mask=_only(m_live, reads), other=0.0), T)
+        else:
+            draws = _integer(p_row, _DRAWS)
+            if OWN_ROWS and ROWS > 1:
+                xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, DRAWS, ROWS, COLS)
+            else:
+                xi = tl.zeros([ROWS, COLS], T)
+                if reads:  # uniform over the program
+                    xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, DRAWS, ROWS, COLS)
+        x_next = _add(c, xi, x_next)
+        if HAS_E:
+            e_next = _add(c_e, xi, e_next)
+
+    # -- read-only inputs --------------------------------------------------------------------------
+    for i in tl.static_range(EXTRAS):
+        r = _coefficient(p_row, _HEAD + 3 * TERMS + BRANCHES + 2 * i, writes_x)
+        reads = _reads(r)
+        if HAS_E:
+            s = _coefficient(p_row, _HEAD + 3 * TERMS + BRANCHES + 2 * i + 1, writes_e)
+            reads = reads | _reads(s)
+        extra = _widen(tl.load(p_extras[i] + o, mask=_only(m_live, reads), other=0.0), T)
+        x_next = _add(r, extra, x_next)
+        if HAS_E:
+            e_next = _add(s, extra, e_next)
+
+    # -- stores ------------------------------------------------------------------------------------
+    # Vectors of 16-bit and of 32-bit elements differ in length, so an element may be stored by
+    # another thread than loaded it: all threads have loaded before one stores.
+    tl.debug_barrier()
+    # m' is formed from what the registers hold, which for a 16-bit state is rounded
+    x_stored = _narrow(x_next, S)
+    tl.store(p_x + o, x_stored, mask=_only(m_live, writes_x))
+    if p_m is not None:
+        point = tl.where(writes_x, _widen(x_stored, T), x)
+    if HAS_E:
+        e_stored = _narrow(e_next, S)
+        tl.store(p_e + o, e_stored, mask=_only(m_live, writes_e))
+        if p_m is not None:
+            point = tl.where(writes_e, _widen(e_stored, T), point)
+    if p_history is not None and p_out is not None:
+        push = _integer(p_row, _PUSH)
+        p_slot = p_history + tl.maximum(push, 0).to(tl.int64) * total
+        tl.store(p_slot + o, _narrow(h, S), mask=_only(m_live, push >= 0))
+    if p_m is not None:
+        m = _narrow(c_in * point, p_m.dtype.element_ty)
+        for copy in tl.static_range(COPIES):
+            tl.store(p_m + copy * total + o, m, mask=_only(m_live, _reads(c_in)))
