@@ -96,7 +96,10 @@ def shift(schedule: Schedule, steps: int, t_max: float, t_min: float, shift: flo
 
 
 def linspace(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """diffusers' "linspace" spacing: indices round(linspace(0, N - 1, steps)), then t_min."""
+    """Indices round(linspace(0, N - 1, steps)), then t_min.
+
+    The evaluation times of diffusers 0.42.1 DDIMScheduler with timestep_spacing="linspace".
+    """
     n = _training_steps("linspace", schedule, steps)
     return _of_indices(n, np.round(np.linspace(0, n - 1, steps))[::-1], t_min)
 
@@ -104,16 +107,18 @@ def linspace(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Arra
 def leading(
     schedule: Schedule, steps: int, t_max: float, t_min: float, offset: float = 0.0
 ) -> Array:
-    """diffusers' "leading" spacing: indices i (N // steps) + offset, then t_min.
+    """Indices i (N // steps) + offset, then t_min.
 
-    Stable Diffusion's `steps_offset` is `offset = 1`.
+    The evaluation times of diffusers 0.42.1 DDIMScheduler and EulerDiscreteScheduler with
+    timestep_spacing="leading"; Stable Diffusion's `steps_offset` is `offset = 1`. The multistep
+    schedulers there divide by steps + 1: take their times explicitly (docs/choosing.md).
     """
     n = _training_steps("leading", schedule, steps)
     return _of_indices(n, np.arange(steps)[::-1] * (n // steps) + offset, t_min)
 
 
 def trailing(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """diffusers' "trailing" spacing: indices round(N - i N/steps) - 1, then t_min.
+    """Indices round(N - i N/steps) - 1, then t_min: diffusers' timestep_spacing="trailing".
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed",
     arXiv:2305.08891, section 3.3.
@@ -223,13 +228,25 @@ def check(schedule: Schedule, times: Array) -> Array:
     return times
 
 
-def _explicit(grid: Any, steps: int) -> Array:
+def as_times(grid: Any) -> Array:
+    """Explicit times, from a sequence, array or tensor, as float64 [n].
+
+    Raises:
+        TypeError: It is no sequence of numbers.
+    """
     if hasattr(grid, "detach"):  # a tensor, on any device
         grid = grid.detach().cpu().numpy()
     try:
         times = np.array(grid, dtype=np.float64)
     except (TypeError, ValueError):
-        raise TypeError(f"grid: a name or a sequence of times is needed; got {grid!r}.") from None
+        times = np.empty(())
+    if times.ndim == 0:
+        raise TypeError(f"grid: a name or a sequence of times is needed; got {grid!r}.")
+    return times
+
+
+def _explicit(grid: Any, steps: int) -> Array:
+    times = as_times(grid)
     if times.ndim != 1 or len(times) != steps + 1:
         raise ValueError(
             f"grid: explicit times have length steps + 1 = {steps + 1}; got shape {times.shape}."
@@ -268,8 +285,8 @@ def _end(name: str, value: float | None, default: float, schedule: Schedule) -> 
 
 
 def _parameter(grid: str, name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"grid: {grid}'s {name} is positive and finite; got {value!r}.")
+    if not 1e-2 <= value <= 1e3:
+        raise ValueError(f"grid: {grid}'s {name} lies in [0.01, 1000]; got {value!r}.")
 
 
 def _in_lambda(

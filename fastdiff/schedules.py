@@ -53,7 +53,7 @@ def prediction_name(prediction: str) -> str:
     Raises:
         ValueError: The name is unknown (the nearest is suggested).
     """
-    name = _ALIASES.get(prediction, prediction)
+    name = _ALIASES.get(prediction, prediction) if isinstance(prediction, str) else prediction
     if name not in PREDICTIONS:
         raise unknown("prediction", "prediction", prediction, PREDICTIONS)
     return name
@@ -63,10 +63,24 @@ def _array(t: ArrayLike) -> Array:
     return np.asarray(t, dtype=np.float64)
 
 
+def _number(who: str, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            raise TypeError(f"{who}: {name} is a number; got {value!r}.")
+
+
 def _positive(who: str, **values: float) -> None:
+    _number(who, **values)
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{who}: {name} is positive and finite; got {value!r}.")
+
+
+def _values(values: Any) -> Array:
+    """A float64 copy of a sequence, array or tensor."""
+    if hasattr(values, "detach"):  # a tensor, on any device
+        values = values.detach().cpu().numpy()
+    return np.array(values, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,13 @@ class Schedule(abc.ABC):
             with np.errstate(divide="ignore"):
                 return zero, -1.0 / self.sigma(t)
         # EDM's F = (x0 - c_skip x/alpha) / c_out with s = sigma/alpha; arXiv:2206.00364, Table 1.
-        s, d = self.rho(t), getattr(self, "sigma_data", 0.5)
+        if not isinstance(self, EDM):
+            raise ValueError(
+                f"{self}: prediction 'edm' is the raw network of EDM's preconditioning, which "
+                "belongs to the EDM schedule (c_in, log(sigma)/4, sigma_data). Use "
+                "fastdiff.schedules.EDM, or a network that predicts x0."
+            )
+        s, d = self.rho(t), self.sigma_data
         root = np.hypot(s, d)
         with np.errstate(invalid="ignore"):
             return np.where(np.isinf(s), 1.0, s / root) / d, -d / root
@@ -284,6 +304,7 @@ class VPLinear(_VariancePreserving):
 
     def __post_init__(self) -> None:
         _positive("VPLinear", beta_min=self.beta_min, time_scale=self.time_scale)
+        _number("VPLinear", beta_max=self.beta_max)
         if not (math.isfinite(self.beta_max) and self.beta_max >= self.beta_min):
             raise ValueError(
                 f"VPLinear: beta_max is finite and at least beta_min = {self.beta_min}; "
@@ -322,6 +343,7 @@ class VPCosine(Schedule):
 
     def __post_init__(self) -> None:
         _positive("VPCosine", time_scale=self.time_scale)
+        _number("VPCosine", s=self.s)
         if not (math.isfinite(self.s) and self.s >= 0):
             raise ValueError(f"VPCosine: s is at least 0 and finite; got {self.s!r}.")
 
@@ -403,7 +425,7 @@ class VPDiscrete(_VariancePreserving):
                 + ("neither." if self.betas is None else "both.")
             )
         if self.betas is not None:
-            betas = np.array(self.betas, dtype=np.float64)
+            betas = _values(self.betas)
             if betas.ndim != 1 or not betas.size or not np.all((betas > 0) & (betas < 1)):
                 raise ValueError(
                     "VPDiscrete: betas is a non-empty sequence of values in (0, 1); got shape "
@@ -411,7 +433,7 @@ class VPDiscrete(_VariancePreserving):
                 )
             log_alpha = 0.5 * np.cumsum(np.log1p(-betas))
         else:
-            product = np.array(self.alphas_cumprod, dtype=np.float64)
+            product = _values(self.alphas_cumprod)
             good = product.ndim == 1 and product.size and np.all((product > 0) & (product < 1))
             if not good or not np.all(np.diff(product) < 0):
                 raise ValueError(
@@ -519,6 +541,9 @@ class EDM(Schedule):
 
     def __post_init__(self) -> None:
         _positive("EDM", sigma_min=self.sigma_min, sigma_data=self.sigma_data)
+        _number("EDM", sigma_max=self.sigma_max)
+        if self.scale_input not in (None, True, False):
+            raise TypeError(f"EDM: scale_input is True, False or None; got {self.scale_input!r}.")
         if not (math.isfinite(self.sigma_max) and self.sigma_max > self.sigma_min):
             raise ValueError(
                 f"EDM: sigma_max is finite and above sigma_min = {self.sigma_min}; "
@@ -679,6 +704,11 @@ class Custom(Schedule):
         lo, hi = self.t_range
         if not (math.isfinite(lo) and math.isfinite(hi) and lo < hi):
             raise ValueError(f"Custom: t_range is (lo, hi) with lo < hi; got {t_range!r}.")
+        if self.grid_range and not lo <= self.grid_range[0] < self.grid_range[1] <= hi:
+            raise ValueError(
+                f"Custom: grid_range is (t_min, t_max) within t_range = {self.t_range}; "
+                f"got {grid_range!r}."
+            )
         nodes = np.linspace(lo, hi, 1025)
         falls = np.diff(self.lambda_t(nodes)) < 0
         if not np.all(falls):
@@ -719,7 +749,7 @@ class Custom(Schedule):
     @staticmethod
     def _scale(name: str, function: Callable[[Array], ArrayLike], t: Array) -> Array:
         try:
-            return np.broadcast_to(np.asarray(function(t), dtype=np.float64), t.shape)
+            return np.array(np.broadcast_to(np.asarray(function(t), dtype=np.float64), t.shape))
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"Custom: {name} is a function of a float64 array, with its shape or a constant "
@@ -736,6 +766,9 @@ class Custom(Schedule):
         lo = np.full(target.shape, self.t_range[0])
         hi = np.full(target.shape, self.t_range[1])
         at_lo, at_hi = self.lambda_t(lo), self.lambda_t(hi)
+        slack = 1e-12 * (1.0 + np.abs(target))  # ends that went through exp and log
+        target = np.where((target > at_lo) & (target <= at_lo + slack), at_lo, target)
+        target = np.where((target < at_hi) & (target >= at_hi - slack), at_hi, target)
         if np.any(target > at_lo) or np.any(target < at_hi):
             raise ValueError(
                 f"{self}: lambda lies in [{at_hi.min():.6g}, {at_lo.max():.6g}] over t_range; got "

@@ -99,7 +99,11 @@ def test_explicit_times_of_any_kind_are_taken():
     [
         ((VP, 5, "karas"), {}, ValueError, "'karras'"),
         ((VP, 5, "karras(x)"), {}, ValueError, "is a number"),
-        ((VP, 5, "karras(-1)"), {}, ValueError, "positive"),
+        ((VP, 5, "karras(-1)"), {}, ValueError, r"lies in \[0.01, 1000\]"),
+        ((VP, 5, "karras(0.001)"), {}, ValueError, r"lies in \[0.01, 1000\]"),
+        ((VP, 5, "shift(1e30)"), {}, ValueError, r"lies in \[0.01, 1000\]"),
+        ((VP, 5, None), {}, TypeError, "a sequence of times"),
+        ((VP, 5, 3.0), {}, TypeError, "a sequence of times"),
         ((VP, 5, "uniform(2)"), {}, ValueError, "takes no parameter"),
         ((VP, 0), {}, ValueError, "at least 1"),
         ((VP, 2.0), {}, TypeError, "integer"),

@@ -126,6 +126,8 @@ def test_predictions_give_one_trajectory(solver):
         schedule, _ = SCHEDULES[name]
         results = []
         for prediction in fd.schedules.PREDICTIONS:
+            if prediction == "edm" and name != "edm":
+                continue
             plan = fd.plan(schedule, solver, 6, prediction=prediction)
             x = fd.noise.prior(plan, (5, 2), seeds=0, dtype=torch.float64)
             results.append(fd.sample(model.network(schedule, prediction), x, plan))
@@ -146,6 +148,39 @@ def test_noise_keeps_the_marginal_variance(eta, form):
         beta = 1 - (VP.alpha(s) / VP.alpha(t)) ** 2
         expected = eta * np.sqrt(beta) * VP.sigma(t) / VP.sigma(s)  # the paper's eq. 16
         assert stage.c == pytest.approx(float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("rate", [0.7, 1.3, 2.2, 3.0, 4.1, 5.5])
+def test_every_solver_compiles_on_custom_schedules(rate):
+    schedule = fd.schedules.Custom(
+        lambda t: np.exp(-rate * t**2),
+        lambda t: np.sqrt(-np.expm1(-2 * rate * t**2)),
+        t_range=(1e-3, 1.0),
+    )
+    for solver in SOLVERS:
+        for grid in ("uniform", "logsnr", "karras"):
+            assert fd.plan(schedule, solver, 5, grid=grid, prediction="v").steps == 5
+
+
+def test_a_plan_says_how_strong_its_starting_noise_is():
+    assert fd.plan(fd.schedules.EDM(), "heun", 5).prior_scale == 80.0
+    assert fd.plan(VP, "ddim", 5).prior_scale == pytest.approx(1.0)
+    flow = fd.plan(fd.schedules.FlowMatching(), "ddim", 5, prediction="v", t_max=0.9)
+    assert flow.prior_scale == 0.9
+
+
+@pytest.mark.parametrize("solver", ["deis-3", "deis-rhoab-3", "ipndm-3"])
+def test_epsilon_multistep_is_lowered_when_asked(solver):
+    lengths = [len(s.b) for s in fd.plan(VP, solver, 6, lower_order_final=True).stages]
+    assert lengths == [1, 2, 3, 3, 2, 1]
+    assert [len(s.b) for s in fd.plan(VP, solver, 6).stages] == [1, 2, 3, 3, 3, 3]
+
+
+def test_published_lowering_is_that_of_few_steps():
+    few = fd.plan(VP, "dpmpp-3m", 9, grid="logsnr", published=True)
+    many = fd.plan(VP, "dpmpp-3m", 10, grid="logsnr", published=True)
+    assert [len(s.b) for s in few.stages[-2:]] == [2, 1]
+    assert [len(s.b) for s in many.stages[-2:]] == [3, 3]
 
 
 def test_eta_zero_is_the_flow_and_eta_one_is_ddpm():
@@ -358,6 +393,14 @@ def test_registry_names_are_the_field_names():
         (lambda: fd.plan(VP, "dpm-3", 6, method="singlestep_fixed"), ValueError, "published=True"),
         (lambda: fd.solvers.get("dpm-3", method="singlestep_fixed", published=True).plan(VP, 2),
          ValueError, "budget"),
+        (lambda: fd.plan(VP, "deis-3", 6, published="False"), ValueError, "published is one of"),
+        (lambda: fd.plan(VP, "deis-rhoab-3", 6, published=1), ValueError, "published is one of"),
+        (lambda: fd.plan(VP, "ddpm", 6, published="no"), ValueError, "published is one of"),
+        (lambda: fd.plan(VP, "ddim", 6, eta="1"), TypeError, "eta is a number"),
+        (lambda: fd.plan(VP, "ddim", 6, prediction=["v"]), ValueError, "unknown prediction"),
+        (lambda: fd.plan(VP, "ddim", 6, prediction="edm"), ValueError, "belongs to the EDM"),
+        (lambda: fd.plan(VP, "dpmpp-2s", 6, published=True, grid=5.0), TypeError, "sequence"),
+        (lambda: fd.solvers.info([]), ValueError, "unknown solver"),
         (lambda: fd.plan(VP, 3, 6), TypeError, "solver is a name"),
         (lambda: fd.plan(VP, fd.solvers.DDIM(), 6, eta=1.0), TypeError, "Set them on it"),
         (lambda: fd.plan("vp", "ddim", 6), TypeError, "schedule is a"),

@@ -162,7 +162,7 @@ def info(name: str) -> Info:
     Raises:
         ValueError: No solver has this name; the nearest are suggested.
     """
-    if name not in _REGISTRY:
+    if not isinstance(name, str) or name not in _REGISTRY:
         raise unknown("solver", "solver", name, _REGISTRY)
     return _REGISTRY[name]
 

@@ -39,6 +39,8 @@ class DDIM(Solver):
     clip: Any = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.eta, bool) or not isinstance(self.eta, int | float | np.number):
+            raise TypeError(f"{self.name}: eta is a number in [0, 1]; got {self.eta!r}.")
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"{self.name}: eta lies in [0, 1]; got {self.eta!r}.")
         choice(self.name, "form", self.form, ("auto", "epsilon", "x0"))
@@ -108,6 +110,7 @@ class DDPM(DDIM):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice(self.name, "variance", self.variance, ("fixed_small", "fixed_large"))
+        choice(self.name, "published", self.published, (False, True))
         if self.eta != 1.0:
             raise ValueError(f"ddpm: eta is 1; got {self.eta!r}. Use ddim for other values.")
 

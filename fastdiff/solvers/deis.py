@@ -26,16 +26,7 @@ _RIEMANN_NODES = 10_000
 
 @dataclass(frozen=True)
 class _EpsilonMultistep(Solver):
-    """Multistep on epsilon: the transfer alpha'/alpha and a rule for the weights.
-
-    Args:
-        points: Outputs combined by a full step, 1 to 4.
-        lower_order_final: True lowers the last steps to points .. 2, 1. Default False: these
-            methods, as published, do not, and do not need it.
-        warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations, but the asymptotic
-            order is at most 2) or "runge-kutta" (the first points - 1 steps by rhoRK of the same
-            order; full order).
-    """
+    """Multistep on epsilon: the transfer alpha'/alpha and a rule for the weights."""
 
     points: int = 3
     lower_order_final: bool = False
@@ -85,7 +76,12 @@ class DEIS(_EpsilonMultistep):
     r + 1; points = 1 is DDIM. Ends at sigma = 0 are legal. The integrals are exact to 1e-12.
 
     Args:
-        points, lower_order_final, warmup: See `deis-1` to `deis-4`; published default never lowers.
+        points: Outputs combined by a full step, 1 to 4.
+        lower_order_final: True lowers the last steps to points .. 2, 1. Default False: these
+            methods, as published, do not, and do not need it.
+        warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations, but the asymptotic
+            order is at most 2) or "runge-kutta" (the first points - 1 steps by rhoRK of the same
+            order; full order).
         published: True takes the authors' integrals, a left Riemann sum of 10000 nodes: relative
             error of the weights up to 2e-4, of samples at 6 steps up to 4e-3; points = 1 is then
             not exactly DDIM.
@@ -95,6 +91,10 @@ class DEIS(_EpsilonMultistep):
     """
 
     published: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice(self.name, "published", self.published, (False, True))
 
     @property
     def name(self) -> str:
@@ -129,6 +129,10 @@ class RhoAB(_EpsilonMultistep):
     """
 
     published: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice(self.name, "published", self.published, (False, True))
 
     @property
     def name(self) -> str:

@@ -329,6 +329,8 @@ class DPMSolverSinglestep(Solver):
         orders = self._orders(steps)
         named = isinstance(grid, str)
         name: Any = schedule.default_grid if named and grid == "auto" else grid
+        if not named:
+            name = grids.as_times(grid)
         outer = self.method != "diffusers" and (
             name in ("logsnr", "exponential") if named else len(name) == len(orders) + 1
         )

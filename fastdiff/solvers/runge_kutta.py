@@ -43,18 +43,17 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
     if float(schedule.sigma(t)) == 0.0:
         tableau = "euler"
     c, a, b = TABLEAUS[tableau]
-    if straight:
-        length, times = t - s, [s + node * (t - s) for node in c]
-        scale = [1.0] * (len(c) + 1)
-    else:
-        rho_s, rho_t = float(schedule.rho(s)), float(schedule.rho(t))
-        length = rho_t - rho_s
-        times = [_time_of_rho(schedule, rho_s + node * length) for node in c]
-        scale = [float(schedule.alpha(node)) for node in (*times, t)]
-    times = [
-        s if node == 0.0 else t if node == 1.0 else time
-        for node, time in zip(c, times, strict=True)
-    ]
+    start, end = (s, t) if straight else (float(schedule.rho(s)), float(schedule.rho(t)))
+    length = end - start
+
+    def time_at(node: float) -> float:
+        if node in (0.0, 1.0):
+            return t if node else s
+        at = start + node * length
+        return at if straight else float(schedule.t_of_lambda(-np.log(at)))
+
+    times = [time_at(node) for node in c]
+    scale = [1.0 if straight else float(schedule.alpha(time)) for time in (*times, t)]
     first = rows.current
     alpha_s = scale[0]
     for i, time in enumerate(times):
@@ -70,10 +69,6 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
         else:
             rows.add(time, e=row)
     return first
-
-
-def _time_of_rho(schedule: Schedule, rho: float) -> float:
-    return float(schedule.t_of_lambda(-np.log(rho)))
 
 
 @dataclass(frozen=True)
