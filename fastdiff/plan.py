@@ -33,6 +33,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ._text import unknown
+from .schedules import PREDICTIONS
+
 FORMAT = "fastdiff-plan"
 FORMAT_VERSION = 1
 
@@ -113,11 +116,14 @@ class Layout:
         return self.extra_offset + 2 * self.extras
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def _floats(name: str, values: Any) -> tuple[float, ...]:
-    try:
-        return tuple(float(v) for v in values)
-    except (TypeError, ValueError):
-        raise TypeError(f"Stage: {name} is a sequence of floats; got {values!r}.") from None
+    if not isinstance(values, list | tuple | np.ndarray) or not all(map(_is_number, values)):
+        raise TypeError(f"Stage: {name} is a sequence of floats; got {values!r}.")
+    return tuple(float(v) for v in values)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Stage:
         put = functools.partial(object.__setattr__, self)
         for name in _SCALARS:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
+            if not _is_number(value):
                 raise TypeError(f"Stage: {name} is a float; got {value!r}.")
             put(name, math.nan if math.isnan(value) else float(value))  # one NaN: rows compare
             if not math.isfinite(value) and name not in ("x0_p", "x0_q"):
@@ -186,8 +192,10 @@ class Stage:
         put("noise", self._checked_noise())
         if self.clip is not None:
             clip = _floats("clip", self.clip)
-            if len(clip) != 2 or not clip[0] < clip[1]:
-                raise ValueError(f"Stage: clip is (lo, hi) with lo < hi; got {self.clip!r}.")
+            if len(clip) != 2 or not -math.inf < clip[0] < clip[1] < math.inf:
+                raise ValueError(
+                    f"Stage: clip is (lo, hi), finite, with lo < hi; got {self.clip!r}."
+                )
             put("clip", clip)
         if not isinstance(self.evaluate, bool):
             raise TypeError(f"Stage: evaluate is True or False; got {self.evaluate!r}.")
@@ -205,6 +213,12 @@ class Stage:
     def _checked_noise(self) -> tuple[tuple[int, float], ...]:
         draws = []
         for draw in self.noise:
+            if (
+                not isinstance(draw, list | tuple)
+                or len(draw) != 2
+                or not all(map(_is_number, draw))
+            ):
+                raise TypeError(f"Stage: a draw is (stream, weight); got {draw!r}.")
             stream, weight = draw
             if isinstance(stream, bool) or int(stream) != stream or not 1 <= stream < MAX_STREAM:
                 raise ValueError(
@@ -276,7 +290,10 @@ class Plan:
                 raise TypeError(f"Plan: {name} is a string; got {getattr(self, name)!r}.")
         if not self.stages:
             raise ValueError("Plan: at least one stage is needed; got none.")
-        if not (math.isfinite(self.prior_scale) and self.prior_scale > 0):
+        for name in ("prediction", "variable"):
+            if getattr(self, name) not in PREDICTIONS:
+                raise unknown(f"Plan: {name}", "name", getattr(self, name), PREDICTIONS)
+        if not _is_number(self.prior_scale) or not 0 < self.prior_scale < math.inf:
             raise ValueError(f"Plan: prior_scale is positive and finite; got {self.prior_scale!r}.")
         put("prior_scale", float(self.prior_scale))
         self._check_times()
@@ -340,17 +357,17 @@ class Plan:
         """Intervals of the grid."""
         return len(self.times) - 1
 
-    @property
+    @functools.cached_property
     def stochastic(self) -> bool:
         """Whether any stage draws noise."""
         return any(stage.noise and (stage.c or stage.c_e) for stage in self.stages)
 
-    @property
+    @functools.cached_property
     def uses_e(self) -> bool:
         """Whether any stage evaluates away from x."""
         return any(stage.writes_e for stage in self.stages)
 
-    @property
+    @functools.cached_property
     def extras(self) -> int:
         """Read-only input registers that the rows weigh."""
         return max(max(len(s.r), len(s.s)) for s in self.stages)
@@ -492,9 +509,11 @@ class Plan:
             return ValueError(f"Plan.load: {source}: {why}")
 
         try:
-            data = json.loads(text)
+            data = json.loads(text, object_pairs_hook=_unique)
         except json.JSONDecodeError as error:
             raise refuse(f"not complete JSON ({error}). Is the file truncated?") from None
+        except (RecursionError, ValueError) as error:
+            raise refuse(f"not a plan: {error}.") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise refuse(f'not a plan: a plan has "format": "{FORMAT}". Write one with Plan.save.')
         version = data.get("version")
@@ -508,43 +527,51 @@ class Plan:
         fields = {k: v for k, v in data.items() if k not in ("format", "version")}
         for missing in sorted(set(_PLAN_FIELDS) - set(fields)):
             raise refuse(f"field {missing!r} is missing.")
-        for unknown in sorted(set(fields) - set(_PLAN_FIELDS)):
-            raise refuse(f"unknown field {unknown!r}; the fields are {', '.join(_PLAN_FIELDS)}.")
+        for extra in sorted(set(fields) - set(_PLAN_FIELDS)):
+            raise refuse(f"unknown field {extra!r}; the fields are {', '.join(_PLAN_FIELDS)}.")
         known = [f.name for f in dataclasses.fields(Stage)]
         rows = fields["stages"]
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise refuse("stages is a list of objects.")
         stages = []
         for i, row in enumerate(rows):
-            for unknown in sorted(set(row) - set(known)):
+            for extra in sorted(set(row) - set(known)):
                 raise refuse(
-                    f"stage {i} has the unknown field {unknown!r}; there are {', '.join(known)}."
+                    f"stage {i} has the unknown field {extra!r}; there are {', '.join(known)}."
                 )
             if "t" not in row:
                 raise refuse(f"stage {i} has no t.")
             try:
                 stages.append(Stage(**row))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise refuse(f"stage {i}: {error}") from None
         try:
             return cls(**{**fields, "stages": tuple(stages)})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise refuse(str(error)) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one."""
+        """Writes the plan as JSON, atomically: `path` holds the old file or the whole new one.
+
+        Raises:
+            OSError: `path` cannot be written; it names `path`.
+        """
         path = Path(path)
         text = self.to_json()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = None
         try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
+        except BaseException as error:
+            if temporary is not None:
+                os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror or str(error), str(path)) from None
             raise
 
     @classmethod
@@ -586,6 +613,15 @@ class Plan:
             head = f"{n_text:>{n_wide}}  {t_text:>{t_wide}}  {h:<{h_wide}}  "
             lines += [head + rows[0], *(" " * len(head) + row for row in rows[1:])]
         return "\n".join(lines)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are unique."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} stands twice in one object")
+    return dict(pairs)
 
 
 def _umask() -> int:

@@ -134,6 +134,7 @@ def test_print_shows_the_table():
         ({"c": 1.0, "noise": ((0, 1.0),)}, "stream 0 is the starting noise"),
         ({"c": 1.0, "noise": ((1, 1.0), (2, 1.0), (3, 1.0))}, "at most two draws"),
         ({"clip": (1.0, -1.0)}, "lo < hi"),
+        ({"clip": (-math.inf, 1.0)}, "finite, with lo < hi"),
         ({"clip": (-1.0, 1.0)}, "clipping applies to x0"),
         ({"evaluate": False}, "without an evaluation"),
         ({"t": 2.0}, "within the grid"),
@@ -147,8 +148,11 @@ def test_rows_that_cannot_run_are_refused(row, says):
 def test_rows_of_the_wrong_kind_are_refused():
     with pytest.raises(TypeError, match="a_x is a float"):
         two(a_x="1")
-    with pytest.raises(TypeError, match="sequence of floats"):
-        two(b=3.0)
+    for bad in (3.0, ["1"], (True,)):
+        with pytest.raises(TypeError, match="sequence of floats"):
+            two(b=bad)
+    with pytest.raises(TypeError, match=r"a draw is \(stream, weight\)"):
+        two(c=1.0, noise=((1,),))
     with pytest.raises(TypeError, match=r"fastdiff\.Stage rows"):
         Plan(stages=({"t": 1.0},), times=(1.0, 0.0))
 
@@ -197,6 +201,12 @@ def _json(**changes):
         (_json(stages=3), "list of objects"),
         (_json(times=[0.1, 0.5, 1.0]), "strictly decrease"),
         (_json(solver=3), "solver is a string"),
+        (_json(prediction="banana"), "unknown name 'banana'"),
+        (_json(variable="eps_ilon"), "'epsilon'"),
+        (_json(prior_scale=True), "prior_scale is positive"),
+        ('{"format": "fastdiff-plan", "format": "fastdiff-plan"}', "stands twice"),
+        (_json(stages=[{"t": 10**400}]), "stage 0"),
+        ("[" * 100_000, "not a plan|truncated"),
     ],
 )
 def test_files_that_are_no_plan_are_refused(text, says, tmp_path):
@@ -227,6 +237,14 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         ALL[1].save(path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("path", ["missing/plan.json", "."])
+def test_a_path_that_cannot_be_written_is_named(path, tmp_path):
+    target = tmp_path / path
+    with pytest.raises(OSError, match=str(target)):
+        ALL[0].save(target)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_of_branches_are_folded_into_the_table():
