@@ -25,8 +25,8 @@ class CFG:
         scale: A number; a tensor [B], one scale a sample; or a sequence of one scale a stage. The
             number 1 is no guidance, and calls the network on B samples.
         uncond: Conditioning of the unconditional branch, with `cond`'s structure. Keys it lacks are
-            shared with `cond`. Where `cond` has a tensor, it has a tensor with B or 1 samples, or a
-            number.
+            shared with `cond`, but it has one at least. Where `cond` has a tensor, it has a tensor
+            with B or 1 samples, or a number.
 
     Source: Ho & Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, with
     scale = 1 + w.
@@ -127,12 +127,11 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
     """Conditioning of the doubled batch: uncond first, then cond, leaf by leaf.
 
     Args:
-        cond, uncond: See `CFG`; uncond None: shared.
+        cond, uncond: See `CFG`.
         batch: Samples B.
         where: Path, for errors.
     """
     if isinstance(cond, Mapping):
-        uncond = {} if uncond is None else uncond
         if not isinstance(uncond, Mapping):
             raise TypeError(
                 f"CFG: uncond has the structure of cond; {where} is a dict and uncond has "
@@ -145,13 +144,17 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
                     f"(it has {', '.join(map(repr, cond)) or 'nothing'})."
                 )
         return {
-            key: batched(value, uncond.get(key), batch, f"{where}[{key!r}]")
+            key: batched(value, uncond.get(key, _shared(value)), batch, f"{where}[{key!r}]")
             for key, value in cond.items()
         }
     if isinstance(cond, torch.Tensor):
-        if uncond is None:
+        if uncond is cond:
             other = cond
         elif isinstance(uncond, torch.Tensor | int | float) and not isinstance(uncond, bool):
+            if isinstance(uncond, float) and not (cond.is_floating_point() or uncond.is_integer()):
+                raise ValueError(
+                    f"CFG: {where} holds {cond.dtype}; got the unconditional value {uncond}."
+                )
             other = torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device)
             if other.ndim == 0 or (other.ndim == cond.ndim and other.shape[0] == 1):
                 other = other.expand(batch, *(other.shape[1:] or cond.shape[1:]))
@@ -166,7 +169,7 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
                 f"{tuple(cond.shape)} and uncond has {tuple(other.shape)}."
             )
         return torch.cat([other, cond])
-    if uncond is not None and uncond is not cond:
+    if uncond is not cond:
         same = type(uncond) is type(cond) and isinstance(cond, str | int | float) and uncond == cond
         if not same:
             raise TypeError(
@@ -174,3 +177,8 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
                 f"{where} is {type(cond).__name__}. Leave it out of uncond, or give tensors."
             )
     return cond
+
+
+def _shared(value: Any) -> Any:
+    """What uncond has for an entry that it lacks: cond's own."""
+    return {} if isinstance(value, Mapping) else value

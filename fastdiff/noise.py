@@ -90,10 +90,12 @@ def normal(
             stream is out of range.
         TypeError: dtype is not floating, or seeds or stream are no integers.
     """
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"noise.normal: shape is (B, ...); got {shape!r}.")
     sizes = tuple(operator.index(s) for s in shape)
     if not sizes or min(sizes) < 0:
         raise ValueError(f"noise.normal: shape is (B, ...) with sizes >= 0; got {tuple(shape)}.")
-    if not dtype.is_floating_point:
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"noise.normal: dtype is floating; got {dtype}.")
     stream = operator.index(stream)
     if not 0 <= stream < 1 << 32:

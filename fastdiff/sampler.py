@@ -18,6 +18,7 @@ from . import backends, noise
 from .backends.base import Registers, RunStage
 from .guidance import CFG, batched, check_batch
 from .plan import AT_E, Plan
+from .schedules import prediction_name
 
 Network = Callable[..., torch.Tensor]
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], Any]
@@ -91,14 +92,35 @@ class Sampler:
             )
         if backend is not None:
             backends.get(backend)
-        self.network = network
-        self.plan = plan
-        self.guidance = guidance
-        self.backend = backend
-        self.dtype = dtype
-        self.check = check
+        predicts = getattr(network, "prediction", None)
+        if isinstance(predicts, str) and prediction_name(predicts) != plan.prediction:
+            raise ValueError(
+                f"sample: the network says that it predicts {predicts!r}, and the plan was made "
+                f"for {plan.prediction!r}. Make it with prediction={predicts!r}."
+            )
+        self._network = network
+        self._plan = plan
+        self._guidance = guidance
+        self._backend = backend
+        self._dtype = dtype
+        self._check = check
         self._run: _Run | None = None
-        self._parameter = _floating_parameter(network)
+        self._plain = all(stage.evaluate for stage in plan.stages)
+
+    @property
+    def network(self) -> Network:
+        """The network."""
+        return self._network
+
+    @property
+    def plan(self) -> Plan:
+        """The plan. Another plan takes another sampler."""
+        return self._plan
+
+    @property
+    def guidance(self) -> CFG | None:
+        """The guidance. Its weights stand in the sampler's copy of the table."""
+        return self._guidance
 
     def __call__(
         self,
@@ -136,8 +158,8 @@ class Sampler:
             TypeError, ValueError: Before the first network call, for the arguments; at a stage,
                 named, for what the network returns. x is untouched.
         """
-        plan = self.plan
-        self._check(x, cond, out)
+        plan = self._plan
+        self._check_arguments(x, cond, out)
         with torch.no_grad():
             if x.shape[0] == 0:
                 return x.detach().clone() if out is None else out.copy_(x)
@@ -147,10 +169,10 @@ class Sampler:
             steps: Iterable[int] = range(len(plan.stages))
             if progress:
                 steps = _bar(steps)
-            if self.check or callback is not None or xi is not None or not _plain(plan):
+            if self._check or callback is not None or xi is not None or not self._plain:
                 self._observed(run, steps, arguments, keywords, xi, callback)
             else:
-                network, stage, stride = self.network, run.stage, run.stride
+                network, stage, stride = self._network, run.stage, run.stride
                 inputs, times = run.inputs, run.times
                 for i in steps:
                     output = network(inputs[i], times[i], *arguments, **keywords)
@@ -173,13 +195,13 @@ class Sampler:
     ) -> None:
         """The loop with all that a run may be asked for beside speed."""
         for i in steps:
-            stage = self.plan.stages[i]
+            stage = self._plan.stages[i]
             output = None
             if stage.evaluate:
                 given = run.inputs[i]
                 version = given._version if not given.is_inference() else 0
                 output = self.network(given, run.times[i], *arguments, **keywords)
-                if self.check:
+                if self._check:
                     self._check_values(i, output, given, version)
                 if callback is not None:
                     problem = _output_problem(output, given)
@@ -194,11 +216,11 @@ class Sampler:
 
     def _seen(self, run: _Run, i: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(point, x0 prediction) at stage i."""
-        stage, registers = self.plan.stages[i], run.registers
-        point = registers.e if _at_e(self.plan, i) and registers.e is not None else registers.x
+        stage, registers = self._plan.stages[i], run.registers
+        point = registers.e if _at_e(self._plan, i) and registers.e is not None else registers.x
         branches = output.reshape(-1, *point.shape).to(point.dtype)
-        if len(branches) == 2 and self.guidance is not None:
-            w_uncond, w_cond = self.guidance.weights(i, point)
+        if len(branches) == 2 and self._guidance is not None:
+            w_uncond, w_cond = self._guidance.weights(i, point)
             combined = w_uncond * branches[0] + w_cond * branches[1]
         else:
             combined = branches[0]
@@ -207,7 +229,7 @@ class Sampler:
 
     # -- before the loop -------------------------------------------------------------------------
 
-    def _check(self, x: torch.Tensor, cond: Any, out: torch.Tensor | None) -> None:
+    def _check_arguments(self, x: torch.Tensor, cond: Any, out: torch.Tensor | None) -> None:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"sample: x is a tensor; got {type(x).__name__}.")
         if x.dtype not in _STATE_DTYPES:
@@ -217,13 +239,12 @@ class Sampler:
             )
         if x.ndim == 0:
             raise ValueError("sample: x has a batch dimension, [B, ...]; got a scalar tensor.")
-        if out is not None and (
-            out.shape != x.shape or out.dtype != x.dtype or out.device != x.device
-        ):
-            raise ValueError(
-                f"sample: out is like x, {tuple(x.shape)} {x.dtype} on {x.device}; got "
-                f"{tuple(out.shape)} {out.dtype} on {out.device}."
-            )
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"sample: x is a dense tensor; got {x.layout}. Use x.to_dense().")
+        if out is not None:
+            _check_out(out, x)
+        if self._check and not bool(torch.isfinite(x).all()):
+            raise ValueError("sample: x is finite; got NaN or infinity in it.")
         check_batch(cond, x.shape[0])
         if torch.is_grad_enabled():
             tracked = ["x"] if x.requires_grad else []
@@ -236,21 +257,21 @@ class Sampler:
 
     def _prepare(self, x: torch.Tensor, extras: int) -> _Run:
         """Buffers and kernels for this shape, made once."""
-        plan = self.plan
+        plan = self._plan
         if extras != plan.extras:
             raise ValueError(
                 f"sample: the plan reads {plan.extras} extra input registers; got {extras}. Give "
                 "them as extras=(...)."
             )
         state = torch.float64 if x.dtype == torch.float64 else torch.float32
-        network = self.dtype or (x.dtype if self._parameter is None else self._parameter.dtype)
+        network = self._dtype or _parameter_dtype(self._network) or x.dtype
         key = (x.shape, state, network, x.device)
         if self._run is not None and self._run.key == key:
             return self._run
-        backend = backends.choose(self.backend, state, network, x.device)
+        backend = backends.choose(self._backend, state, network, x.device)
         batch = x.shape[0]
         like = functools.partial(torch.empty, dtype=state, device=x.device)
-        guidance = self.guidance or CFG()
+        guidance = self._guidance or CFG()
         table = torch.from_numpy(guidance.table(plan, batch))
         layout = replace(plan.layout, branches=guidance.branches)
         with torch.inference_mode(False):  # buffers outlive the caller's mode
@@ -293,7 +314,7 @@ class Sampler:
         extras: Sequence[torch.Tensor],
     ) -> None:
         """Copies what this call brings into the buffers."""
-        plan, registers = self.plan, run.registers
+        plan, registers = self._plan, run.registers
         if xi is not None:
             _check_xi(xi, plan, registers.x)
         elif plan.stochastic:
@@ -305,11 +326,12 @@ class Sampler:
             registers.seeds.copy_(noise.seeds_tensor(seed, x.shape[0]))  # type: ignore[union-attr]
         for i, (register, given) in enumerate(zip(registers.extras, extras, strict=True)):
             try:
-                register.copy_(given.expand(x.shape))
-            except RuntimeError:
+                register.copy_(torch.as_tensor(given).expand(x.shape))
+            except (RuntimeError, TypeError):
+                got = tuple(given.shape) if isinstance(given, torch.Tensor) else given
                 raise ValueError(
                     f"sample: extra registers are broadcastable to x, {tuple(x.shape)}; got "
-                    f"extras[{i}] of shape {tuple(given.shape)}."
+                    f"extras[{i}] = {got}."
                 ) from None
         registers.x.copy_(x)
         if registers.m is not None:
@@ -318,13 +340,14 @@ class Sampler:
 
     def _conditioning(self, cond: Any, batch: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Positional and keyword arguments of the network after x and t."""
-        guidance = self.guidance
+        guidance = self._guidance
         if guidance is not None and guidance.branches > 1:
-            if cond is None:
-                raise ValueError(
-                    "sample: guidance compares a conditional and an unconditional output; got "
-                    "cond=None. Give cond={...} and CFG(scale, uncond={...})."
-                )
+            for name, value in (("cond", cond), ("uncond", guidance.uncond)):
+                if value is None or (isinstance(value, Mapping) and not value):
+                    raise ValueError(
+                        "sample: guidance compares a conditional and an unconditional output; got "
+                        f"{name}={value}. Give cond={{...}} and CFG(scale, uncond={{...}})."
+                    )
             cond = batched(cond, guidance.uncond, batch)
         if cond is None:
             return (), {}
@@ -335,7 +358,7 @@ class Sampler:
     def _bad_output(
         self, i: int, output: Any, given: torch.Tensor, why: Exception | str
     ) -> Exception:
-        stage = self.plan.stages[i]
+        stage = self._plan.stages[i]
         problem = _output_problem(output, given)
         if problem is None:
             if isinstance(why, Exception):
@@ -404,18 +427,13 @@ def sample(
     )
 
 
-def _plain(plan: Plan) -> bool:
-    """Whether every stage evaluates the network."""
-    return all(stage.evaluate for stage in plan.stages)
-
-
 def _at_e(plan: Plan, i: int) -> bool:
     return bool(int(plan.table[i, 0]) & AT_E)
 
 
-def _floating_parameter(network: Any) -> torch.nn.Parameter | None:
+def _parameter_dtype(network: Any) -> torch.dtype | None:
     parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
-    return next((p for p in parameters if p.dtype.is_floating_point), None)
+    return next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
 
 
 def _requiring_grad(cond: Any, where: str = "cond") -> list[str]:
@@ -446,10 +464,26 @@ def _output_problem(output: Any, given: torch.Tensor) -> str | None:
     return None
 
 
+def _check_out(out: Any, x: torch.Tensor) -> None:
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"sample: out is a tensor like x; got {type(out).__name__}.")
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"sample: out is like x, {tuple(x.shape)} {x.dtype} on {x.device}; got "
+            f"{tuple(out.shape)} {out.dtype} on {out.device}."
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
+        raise ValueError("sample: out has memory for every element; got an expanded tensor.")
+
+
 def _check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
+    if not isinstance(xi, torch.Tensor | list | tuple):
+        raise TypeError(f"sample: xi is a tensor, or a list of one a stage; got {xi!r}.")
     if len(xi) != len(plan.stages):
         raise ValueError(f"sample: xi has one entry a stage, {len(plan.stages)}; got {len(xi)}.")
     for i, z in enumerate(xi):
+        if not isinstance(z, torch.Tensor):
+            raise TypeError(f"sample: xi holds tensors; got {type(z).__name__} as xi[{i}].")
         if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
             raise ValueError(
                 f"sample: xi is like the state, {tuple(x.shape)} {x.dtype} on {x.device}; got "

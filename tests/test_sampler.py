@@ -420,7 +420,8 @@ def test_callback_under_guidance_sees_the_guided_x0():
     plan = fd.plan(VP, "ddim", 3, prediction="x0")
     y = torch.tensor([1.0, 2.0])
     seen = []
-    for scale in (3.0, torch.tensor([3.0, 3.0]), [3.0, 3.0, 3.0]):
+    scales = [3.0, 3.0, 7.0]
+    for scale in (3.0, torch.tensor([3.0, 7.0]), scales):
         fd.sample(
             lambda x, t, y: y[:, None].expand(-1, 4).contiguous(),
             torch.randn(2, 4),
@@ -429,10 +430,18 @@ def test_callback_under_guidance_sees_the_guided_x0():
             guidance=fd.CFG(scale, uncond={"y": 0.5}),
             callback=lambda stage, t, x, x0: seen.append(x0.clone()),
         )
-    expected = (0.5 + 3.0 * (y - 0.5))[:, None].expand(-1, 4)
+    used = [3.0] * 3 + [torch.tensor([3.0, 7.0])] * 3 + scales
     assert len(seen) == 9
-    for x0 in seen:
+    for x0, scale in zip(seen, used, strict=True):
+        expected = (0.5 + scale * (y - 0.5))[:, None].expand(-1, 4)
         torch.testing.assert_close(x0, expected)
+
+
+def test_callback_sees_the_clipped_x0():
+    plan = fd.plan(VP, "ddim", 3, prediction="x0", clip=0.25)
+    seen = []
+    run(plan=plan, callback=lambda stage, t, x, x0: seen.append(float(x0.abs().max())))
+    assert seen == [0.25] * 3
 
 
 @EACH
@@ -562,7 +571,27 @@ def test_check_finds_a_network_that_writes_to_its_input():
         ({"out": torch.zeros(2, 5)}, ValueError, "out is like x"),
         ({"cond": {"y": torch.zeros(3)}}, ValueError, r"cond\['y'\] of shape \(3,\)"),
         ({"cond": {"a": {"b": torch.tensor(1.0)}}}, ValueError, r"cond\['a'\]\['b'\]"),
-        ({"guidance": fd.CFG(2.0)}, ValueError, "got cond=None"),
+        ({"guidance": fd.CFG(2.0, uncond={"y": 0})}, ValueError, "got cond=None"),
+        ({"guidance": fd.CFG(2.0), "cond": {"y": torch.ones(2)}}, ValueError, "uncond=None"),
+        (
+            {"guidance": fd.CFG(2.0, uncond={}), "cond": {"y": torch.ones(2)}},
+            ValueError,
+            "uncond={}",
+        ),
+        (
+            {"guidance": fd.CFG(2.0, uncond={"y": None}), "cond": {"y": torch.ones(2)}},
+            TypeError,
+            "a tensor or a number; got NoneType",
+        ),
+        (
+            {"guidance": fd.CFG(2.0, uncond={"y": 0.7}), "cond": {"y": torch.tensor([1, 2])}},
+            ValueError,
+            "int64; got the unconditional value 0.7",
+        ),
+        ({"out": "a"}, TypeError, "out is a tensor"),
+        ({"out": torch.zeros(1, 4).expand(2, 4)}, ValueError, "memory for every element"),
+        ({"x": torch.zeros(2, 4).to_sparse()}, TypeError, "dense"),
+        ({"x": torch.full((2, 4), torch.nan), "check": True}, ValueError, "x is finite"),
         (
             {"guidance": fd.CFG(2.0, uncond={"z": 0}), "cond": {"y": torch.zeros(2)}},
             ValueError,
@@ -584,12 +613,12 @@ def test_check_finds_a_network_that_writes_to_its_input():
             "only tensors can differ",
         ),
         (
-            {"guidance": fd.CFG(torch.ones(3)), "cond": {"y": torch.zeros(2)}},
+            {"guidance": fd.CFG(torch.ones(3), uncond={"y": 1}), "cond": {"y": torch.zeros(2)}},
             ValueError,
             "needs 2 values; got 3",
         ),
         (
-            {"guidance": fd.CFG([1.0, 2.0]), "cond": {"y": torch.zeros(2)}},
+            {"guidance": fd.CFG([1.0, 2.0], uncond={"y": 1}), "cond": {"y": torch.zeros(2)}},
             ValueError,
             "needs 3 values",
         ),
@@ -628,6 +657,36 @@ def test_tracking_is_only_refused_where_grad_mode_is_on():
 def test_bad_noise_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         run(plan=fd.plan(VP, "ddpm", 3), **options)
+
+
+def test_noise_of_the_wrong_kind_is_refused():
+    for xi in (5, [1.0, 2.0, 3.0]):
+        with pytest.raises(TypeError, match="xi"):
+            run(plan=fd.plan(VP, "ddpm", 3), xi=xi)
+
+
+def test_a_network_that_says_what_it_predicts_is_believed():
+    def net(x, t):
+        return x
+
+    net.prediction = "v"
+    with pytest.raises(ValueError, match="predicts 'v'"):
+        fd.sample(net, torch.randn(2, 4), fd.plan(VP, "ddim", 2))
+    fd.sample(net, torch.randn(2, 4), fd.plan(VP, "ddim", 2, prediction="v"))
+
+
+@pytest.mark.parametrize("name", ["plan", "network", "guidance"])
+def test_what_a_sampler_was_made_of_cannot_be_swapped(name):
+    sampler = fd.Sampler(network, fd.plan(VP, "ddim", 2))
+    with pytest.raises(AttributeError):
+        setattr(sampler, name, None)
+
+
+def test_progress_shows_a_bar(capsys):
+    run(progress=True)
+    assert "3/3" in capsys.readouterr().err
+    run()
+    assert capsys.readouterr().err == ""
 
 
 def test_bad_guidance_is_refused():
