@@ -46,6 +46,7 @@ _BUDGETS = "6,9,12,16,24,36,48"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
 _FROM_1 = click.IntRange(min=1)
+_PYTHON = {"True": True, "False": False, "None": None}
 
 
 # -- errors, paths and values ----------------------------------------------------------------------
@@ -130,7 +131,7 @@ class _Picture(click.ParamType):
 
 
 class _Option(click.ParamType):
-    """NAME=VALUE with a value in JSON; anything else is taken as text."""
+    """NAME=VALUE with a value in JSON or as Python writes it; anything else is taken as text."""
 
     name = "NAME=VALUE"
 
@@ -138,10 +139,19 @@ class _Option(click.ParamType):
         name, equals, text = value.partition("=")
         if not equals or not name.isidentifier():
             self.fail(f"{value!r} is not NAME=VALUE, such as eta=0.5.", param, ctx)
+        if text in _PYTHON:
+            return name, _PYTHON[text]
         try:
             return name, json.loads(text)
         except json.JSONDecodeError:
             return name, text
+
+
+def _loaded(option: str, path: Path) -> fd.Plan:
+    try:
+        return fd.Plan.load(path)
+    except OSError as error:
+        raise ValueError(f"{option}: {path} cannot be read ({error.strerror}).") from error
 
 
 @contextlib.contextmanager
@@ -278,7 +288,7 @@ def sample(
             **dict(options),
         )
     else:
-        plan = fd.Plan.load(plan_file)
+        plan = _loaded("--plan", plan_file)
         needed = (network.prediction, str(network.schedule))
         if (plan.prediction, plan.schedule) != needed:
             raise ValueError(
@@ -477,7 +487,7 @@ def plan_command(
       fastdiff plan --load ddim-20.json
     """
     if load is not None:
-        plan = fd.Plan.load(load)
+        plan = _loaded("--load", load)
     else:
         make, usual = _SCHEDULES[kind]
         prediction = prediction or usual

@@ -2,7 +2,6 @@
 """The command line: what it prints and writes, and how it refuses."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,11 +64,24 @@ def test_sample_is_the_same_for_the_same_seed_alone():
     assert not np.array_equal(a, c)
 
 
-def test_sample_takes_guidance_classes_and_options():
-    options = ["--guidance", "2", "--classes", "3,5-6", "--solver", "ddim", "-o", "eta=0.5"]
-    done = run(*SAMPLE, *options)
-    assert done.exit_code == 0, done.output
-    assert Path("digits.png").exists()
+@pytest.mark.parametrize(
+    "option",
+    [["--guidance", "3"], ["--classes", "7"], ["--solver", "ddim"], ["-o", "solver_type=taylor"]],
+    ids=" ".join,
+)
+def test_every_option_of_sample_changes_the_picture(option):
+    common = ["sample", "--count", "4", "--steps", "4", "--no-progress", "--classes", "3,5-6"]
+    for name, extra in (("a.png", []), ("b.png", option)):
+        done = run(*common, *extra, "--out", name)
+        assert done.exit_code == 0, done.output
+    assert not np.array_equal(pixels("a.png"), pixels("b.png"))
+
+
+def test_sample_replaces_an_earlier_picture():
+    Path("digits.png").write_bytes(b"old")
+    assert run(*SAMPLE).exit_code == 0
+    assert pixels("digits.png").ndim == 2
+    assert list(Path().iterdir()) == [Path("digits.png")]
 
 
 def test_sample_runs_a_saved_plan():
@@ -192,12 +204,33 @@ def test_a_folder_is_no_output():
     assert "error: --out: a file is needed; got the folder a.png" in done.output
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_found_before_the_work():
-    Path("shut").mkdir(mode=0o500)
-    done = run(*SAMPLE, "--count", "100000", "--out", "shut/a.png")
+def test_a_path_that_cannot_be_written_is_found_before_the_work(monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    def never(*_, **__):
+        raise AssertionError("the work was done")
+
+    monkeypatch.setattr(Path, "open", refuse)  # root could write anywhere
+    monkeypatch.setattr(fd, "sample", never)
+    done = run(*SAMPLE, "--out", "a.png")
     assert done.exit_code == 1
-    assert "cannot be written" in done.output
+    assert "a.png cannot be written (Permission denied)" in done.output
+
+
+@pytest.mark.parametrize("command", [["plan", "--load"], ["sample", "--plan"]])
+def test_a_missing_plan_file_is_named(command):
+    done = run(*command, "nowhere.json")
+    assert done.exit_code == 1
+    assert "nowhere.json cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "value"), [("False", False), ("true", True), ("True", True)])
+def test_options_are_read_as_values(text, value):
+    done = run("plan", "--solver", "deis-3", "-o", f"published={text}", "--out", "p.json")
+    assert done.exit_code == 0, done.output
+    plan = fd.plan(fd.schedules.VPLinear(), "deis-3", 10, published=value)
+    assert fd.Plan.load("p.json") == plan
 
 
 def test_a_failure_leaves_the_old_picture_as_it_was():
