@@ -200,7 +200,7 @@ class Sampler:
             if stage.evaluate:
                 given = run.inputs[i]
                 version = given._version if not given.is_inference() else 0
-                output = self.network(given, run.times[i], *arguments, **keywords)
+                output = self._network(given, run.times[i], *arguments, **keywords)
                 if self._check:
                     self._check_values(i, output, given, version)
                 if callback is not None:
