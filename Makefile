@@ -5,6 +5,7 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
+GPU_CHECK ?= full
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,13 +21,15 @@ BUILD_INPUTS := $(wildcard pyproject.toml setup.py MANIFEST.in csrc/* fastdiff/_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean always
+.PHONY: help demo test lint bench gpu-check clean always
 
 help:
 	@echo 'make demo    samples the shipped network and writes pictures to out/'
 	@echo 'make test    runs the test suite (PYTEST_ARGS="-k solvers" passes options on)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   runs benchmarks/bench_*.py'
+	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 8 minutes (GPU_CHECK=short: 4);'
+	@echo '             makes no .venv: make gpu-check PYTHON=python3 VENV= takes a Python with torch'
 	@echo 'make clean   removes what was built, the caches and out/; .venv stays'
 	@echo
 	@echo 'Each makes .venv first: PYTHON=$(PYTHON) TORCH=$(TORCH)'
@@ -49,6 +52,11 @@ bench: $(BUILT)
 	@set -e; for file in $(sort $(wildcard benchmarks/bench_*.py)); do \
 	    echo "$$file"; $(BIN)/python "$$file"; \
 	done
+
+# Needs no network and no .venv: the Python of .venv if there is one, else PYTHON, which has torch.
+gpu-check:
+	@$(if $(VENV),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) benchmarks/gpu_check.py \
+	    --setting $(GPU_CHECK) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache $(BUILT)

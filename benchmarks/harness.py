@@ -18,7 +18,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ Record = dict[str, Any]
 MEASURED = (
     *("best", "p20", "median", "p80", "rounds", "error"),
     *("bandwidth", "bandwidth_median", "share", "share_median"),
+    *("host", "host_p20", "host_p80"),
 )
 
 
@@ -151,14 +152,15 @@ def agree(who: str, got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -
 # -- bytes -----------------------------------------------------------------------------------------
 
 
-def stage_registers(plan: fd.Plan, row: int) -> tuple[int, int]:
+def stage_registers(plan: fd.Plan, row: int, weights: Sequence[float] = (1.0,)) -> tuple[int, int]:
     """(reads, writes) of whole registers that one row of a plan costs, by its table.
 
-    Reads: x, e, one output per branch, each earlier h that is weighed, each extra register. Writes:
-    x, e and the push. The network's input m is not among them (`stage_bytes` adds it).
+    Reads: x, e, one output per guidance branch (`weights`), each earlier h that is weighed, each
+    extra register. Writes: x, e and the push. The network's input m is not among them
+    (`stage_bytes` adds it).
     """
-    layout = plan.layout
-    value = dict(zip(layout.columns, plan.table[row].tolist(), strict=True))
+    layout = replace(plan.layout, branches=len(weights))
+    value = dict(zip(layout.columns, plan.pack(weights)[row].tolist(), strict=True))
     flags = int(value["flags"])
     writes_x, writes_e = bool(flags & WRITES_X), bool(flags & WRITES_E)
     evaluates, at_e = bool(flags & EVALUATE), bool(flags & AT_E)
@@ -180,6 +182,8 @@ def stage_bytes(
     numel: int,
     state: torch.dtype = torch.float32,
     network: torch.dtype | None = None,
+    weights: Sequence[float] = (1.0,),
+    copies: int | None = None,
 ) -> int:
     """Bytes that one row of a plan moves between memory and processor at best.
 
@@ -191,12 +195,15 @@ def stage_bytes(
         network: Dtype of the network's inputs and outputs. None: the state's, and the network is
             given x or e itself. Another one: the input m is written as well, except by the last
             row.
+        weights: Of the guidance branches, one output each.
+        copies: How often the input m is written. None: once where the dtypes differ, else not.
     """
-    reads, writes = stage_registers(plan, row)
-    if network is None or network == state:
-        return (reads + writes) * numel * state.itemsize
-    outputs = int(plan.stages[row].evaluate)
-    inputs = int(row + 1 < len(plan.stages))
+    reads, writes = stage_registers(plan, row, weights)
+    network = state if network is None else network
+    if copies is None:
+        copies = int(network != state)
+    outputs = plan.stages[row].evaluate * sum(w != 0.0 for w in weights)
+    inputs = copies * (row + 1 < len(plan.stages))
     whole = (reads - outputs + writes) * state.itemsize
     return (whole + (outputs + inputs) * network.itemsize) * numel
 
@@ -252,6 +259,18 @@ def processor() -> str:
     return name
 
 
+@functools.cache
+def driver() -> str:
+    """NVIDIA's driver, as nvidia-smi says it; "unknown" without one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    lines = done.stdout.split() if done.returncode == 0 else []
+    return lines[0] if lines else "unknown"
+
+
 def cores() -> int:
     """Logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -278,6 +297,7 @@ def record(bench: str, rival: str, measured: Timing | Mapping[str, Any], **where
     strange = sorted(set(values) - set(MEASURED))
     if strange:
         raise ValueError(f"record: measured values are {', '.join(MEASURED)}; got {strange}.")
+    head = where.pop("commit", head)
     return {
         "bench": bench,
         "commit": head,

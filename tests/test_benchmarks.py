@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -132,6 +133,14 @@ def test_registers_moved_are_those_counted_by_hand(solver, row, reads, writes):
 def test_noise_moves_no_bytes():
     noisy = fd.plan(VP, "ddim", 6, eta=1.0)
     assert harness.stage_registers(noisy, 2) == (2, 1)
+
+
+def test_guidance_reads_an_output_a_branch_and_writes_an_input_a_branch():
+    plan = fd.plan(VP, "dpmpp-2m", 6)
+    weights = (3.0, -2.0)
+    assert harness.stage_registers(plan, 3, weights) == (4, 2)
+    moved = harness.stage_bytes(plan, 3, 1000, network=torch.bfloat16, weights=weights, copies=2)
+    assert moved == 4 * 4000 + 2 * 2000 + 2 * 2000
 
 
 def test_bytes_are_registers_times_their_size():
@@ -287,3 +296,247 @@ def test_a_budget_that_cannot_be_spent_has_no_plan():
     assert bench.plan_of("heun", 5, "uniform", "epsilon") is None
     assert bench.plan_of("deis-4", 3, "uniform", "epsilon") is None
     assert bench.plan_of("deis-rk4", 8, "uniform", "epsilon").steps == 2
+
+
+# -- the stage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own
+def test_bench_stage_runs(tmp_path):
+    out, summary = tmp_path / "stage.jsonl", tmp_path / "stage.md"
+    page = tmp_path / "page.md"
+    page.write_text("<!-- stage:begin -->\n<!-- stage:end -->\n")
+    arguments = ["--device", "cpu", "--largest", 0.0625, "--seconds", 0, "--rounds", 1]
+    arguments += ["--out", out, "--summary", summary, "--docs", page, "--commit", "abc"]
+    output = invoke(load("bench_stage"), *arguments)
+    lines = [r for r in records(out) if not r["rival"].startswith("diffusers")]
+    assert len(lines) == 4 * 4  # four rows at 4 KiB; copy_, eager torch, cpu and torch
+    assert {r["commit"] for r in lines} == {"abc"}
+    by = {(r["outputs"], r["network"], r["noise"], r["rival"]): r for r in lines}
+    # 1024 elements: x twice, the output, H1 and the push
+    assert by[2, "float32", False, "fastdiff cpu"]["moved"] == 5 * 4096
+    assert by[2, "float32", True, "fastdiff cpu"]["moved"] == 5 * 4096
+    # an output read and an input written in half the size
+    assert by[2, "bfloat16", False, "fastdiff cpu"]["moved"] == 4 * 4096 + 2 * 2048
+    # one more H; two outputs and two inputs
+    assert by[3, "bfloat16", True, "fastdiff cpu"]["moved"] == 5 * 4096 + 4 * 2048
+    assert all(r["share"] > 0 for r in lines)
+    assert "not measured" in output  # nothing of 64 MiB
+    assert "not measured" in summary.read_text()
+    assert "copy_" in page.read_text()
+
+
+def test_bench_stage_has_every_row_once_and_the_weightiest_first():
+    bench = load("bench_stage")
+    assert len(bench.all_cases()) == 4 * 2 * 2 * 2
+    full = bench.cells(False, 1024 * bench.MIB)
+    assert len(full) == len(set(full))
+    assert full[: len(bench.CHOSEN) * 3] == bench.cells(True, 1024 * bench.MIB)
+    shapes = {shape for case, shape in full if case == bench.Case()}
+    assert shapes == {(1, s // 4) for s in bench.SIZES} | set(bench.TINY)
+    at_64 = {case for case, shape in full if shape == (1, bench.LARGE // 4)}
+    assert at_64 == set(bench.all_cases())
+    assert {shape for _, shape in bench.cells(False, bench.MIB)} == {
+        *((1, s // 4) for s in bench.SIZES[:3]),
+        (4096, 64),
+    }
+
+
+def test_the_rivals_of_a_stage_compute_what_it_computes():
+    bench = load("bench_stage")
+    for case in (c for c in bench.all_cases() if not c.noise):
+        registers, out = bench.registers_of(case, (2, 64), torch.device("cpu"))
+        start = registers.x.clone()
+        eager = bench.Eager(case, registers, out)
+        # the eager history holds h / p, and weighs it by b p
+        if registers.history is not None:
+            registers.history.div_(bench.P)
+        eager()
+        wanted = registers.x.clone()
+        registers.x.copy_(start)
+        if registers.history is not None:
+            registers.history.mul_(bench.P)
+        again = bench.Eager(case, registers, out, compiled=lambda *a: bench._update(False, *a))
+        again.run_compiled()
+        torch.testing.assert_close(registers.x, wanted)
+        registers.x.copy_(start)
+        bench.bind("torch", case, registers)(case.row, out, None)
+        torch.testing.assert_close(registers.x, wanted)
+
+
+def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
+    bench = load("bench_stage")
+    cpu = torch.device("cpu")
+    bench.gate(bench.CHOSEN[-1], cpu)
+    monkeypatch.setattr(bench, "available", lambda device: ["wrong"])
+    real = bench.backends.get("cpu")
+
+    class Wrong:
+        missing = staticmethod(lambda: None)
+
+        @staticmethod
+        def bind(registers, table, layout):
+            registers.x.view(torch.int32)[0, 0] += 1024
+            return real.bind(registers, table, layout)
+
+    monkeypatch.setattr(bench.backends, "get", lambda name: Wrong if name == "wrong" else real)
+    with pytest.raises(harness.GateError, match="to the bit"):
+        bench.gate(bench.Case(), cpu)
+    monkeypatch.setattr(bench, "measure", lambda *a: pytest.fail("it timed"))
+    arguments = ["--device", "cpu", "--largest", "0.0625", "--seconds", "0", "--rounds", "1"]
+    result = CliRunner().invoke(bench.main, arguments)
+    assert result.exit_code == 1
+    assert "4 rows did not pass the gate" in result.output
+
+
+def test_triton_passes_the_gate_of_the_stage(monkeypatch):
+    triton = pytest.importorskip("triton", reason="pip install triton")
+    if torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip("for the interpreter of triton 3.9 or newer, which fuses fma")
+    bench = load("bench_stage")
+    monkeypatch.setattr(bench, "available", lambda device: ["triton", "torch"])
+    for case in bench.CHOSEN:
+        bench.gate(case, torch.device("cpu"), (2, 80))
+
+
+def test_a_rival_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    bench = load("bench_stage")
+    monkeypatch.setattr(bench, "CHOSEN", bench.CHOSEN[:1])
+
+    def broken(noise):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(bench, "compiled_update", broken)
+    arguments = ["--device", "cpu", "--largest", "0.0625", "--seconds", "0", "--rounds", "1"]
+    result = CliRunner().invoke(bench.main, [*arguments, "--compile"])
+    assert result.exit_code == 1
+    assert "Failed: torch.compile, M=2 G=1 float32, 4 KiB: RuntimeError: no compiler" in (
+        result.output
+    )
+    assert "fastdiff cpu" in result.output
+
+
+def test_a_turn_on_cuda_times_the_device_and_the_host_apart(monkeypatch):
+    bench, log = load("bench_stage"), []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def elapsed_time(self, end):
+            return 6.0  # ms
+
+    monkeypatch.setattr(bench.torch.cuda, "Event", Event)
+    monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(bench.torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    ticks = iter([1.0, 4.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    calls = [lambda: log.append("a"), lambda: log.append("b")]
+    assert bench._cuda_turn(calls, 3, 1e-5) == (0.002, 1.0)
+    assert log == ["wait", "sleep", "record", "a", "b", "a", "record", "wait"]
+
+
+def test_a_target_is_held_against_the_worst_cell():
+    bench = load("bench_stage")
+
+    def line(rival, shape, noise=False, share=0.0, host=1.0):
+        return {
+            "rival": rival,
+            "shape": shape,
+            "noise": noise,
+            "share_median": share,
+            "host": host,
+        }
+
+    large, small = [1, 2**24], [1, 1024]
+    found = [
+        line("fastdiff cuda", large, share=0.95),
+        line("fastdiff cuda", large, share=0.89),
+        line("fastdiff triton", large, share=0.91, noise=True),
+        line("fastdiff cuda", small, host=7.9, share=0.1),
+        line("fastdiff triton", small, host=12.0),
+        line(bench.LAUNCHER, small, host=8.0),
+    ]
+    rows = bench.targets(found, "cuda").splitlines()[2:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [(c[2], c[3]) for c in cells] == [
+        ("0.890 (worst of 2)", "not met"),
+        ("", "not measured"),
+        ("", "not measured"),
+        ("0.910 (worst of 1)", "met"),
+        ("7.90 (worst of 1)", "met"),
+        ("12.0 (worst of 1)", "met"),
+    ]
+    assert cells[5][1] == "under 13.0"
+
+
+# -- the GPU check ---------------------------------------------------------------------------------
+
+
+def test_a_phase_that_fails_or_hangs_keeps_no_other_from_running(tmp_path):
+    check, log = load("gpu_check"), tmp_path / "log"
+    mark = tmp_path / "mark"
+    late = f"import time, pathlib; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    hang = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {late!r}])"
+    phases = [
+        check.Phase("fails", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60),
+        check.Phase("hangs", [sys.executable, "-c", hang], 0.5),
+        check.Phase("absent", [str(tmp_path / "no-such-program")], 60),
+        check.Phase("passes", [sys.executable, "-c", "print('well')"], 60),
+    ]
+    results = check.run_phases(phases, log, os.environ)
+    assert [r.how for r in results[:2]] == ["failed (exit 3)", "stopped after 0.5 s"]
+    assert results[2].how.startswith("failed (")
+    assert [r.passed for r in results] == [False, False, False, True]
+    assert (results[0].last, results[3].last) == ("why", "well")
+    assert results[1].seconds < 1.9
+    assert not mark.exists()
+    text = check.summary({"gpu": "none"}, "short", results, tmp_path / "none.md")
+    assert "| hangs | stopped after 0.5 s |" in text
+    assert "measured nothing" in text
+
+
+def test_the_phases_fit_in_their_minutes(tmp_path):
+    check = load("gpu_check")
+    for setting, most in (("short", 240), ("full", 480)):
+        phases = check.phases_of(setting, tmp_path, False, "abc")
+        assert [p.name for p in phases] == ["build", "tests", "benchmark"]
+        assert sum(p.seconds for p in phases) < most
+        assert ("--full" in phases[2].command) == (setting == "full")
+
+
+def test_the_gpu_check_is_refused_without_a_gpu(monkeypatch, capsys, tmp_path):
+    check = load("gpu_check")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(check, "probe", lambda: {"torch": "2.13.0+cpu", "gpu": None})
+    monkeypatch.setattr(check, "run_phases", lambda *a: pytest.fail("it ran"))
+    assert check.main([]) == 2
+    assert "a CUDA device is needed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_gpu_check_sums_up_and_fails_with_its_phases(monkeypatch, capsys, tmp_path):
+    check = load("gpu_check")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.delenv("FASTDIFF_CUDA_ARCHS", raising=False)
+    found = {"torch": "2.11.0", "gpu": "A GPU", "arch": "90"}
+    monkeypatch.setattr(check, "probe", lambda: found)
+    show = "import os; print(os.environ['FASTDIFF_CUDA_ARCHS'], 'TRITON_INTERPRET' in os.environ)"
+    codes = iter([0, 1])
+
+    def phases(setting, folder, cpu, commit):
+        (folder / "stage.md").write_text("the table\n")
+        return [check.Phase("only", [sys.executable, "-c", f"{show}; exit({next(codes)})"], 60)]
+
+    monkeypatch.setattr(check, "phases_of", phases)
+    assert check.main(["--setting", "short"]) == 0
+    text = (tmp_path / "gpu-check.md").read_text()
+    assert "gpu A GPU" in text
+    assert "`90 False`" in text
+    assert "the table" in text
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu-check.log", "gpu-check.md"]
+    assert check.main(["--setting", "short"]) == 1
+    assert "not passed: only" in capsys.readouterr().err
