@@ -25,7 +25,7 @@ _METHODS = ("singlestep", "singlestep_fixed", "diffusers")
 # order 2 and 3 to 4 at order 3; uniform t ends with 5 and 50.
 SHORT_STEP = 0.25  # in lambda: a shorter step extrapolates safely
 AMPLIFICATION = {
-    "epsilon": {1: math.inf, 2: 2.75, 3: 5.0},
+    "epsilon": {1: math.inf, 2: 3.75, 3: 5.0},
     "x0": {1: math.inf, 2: 0.0, 3: 4.4},
 }
 
