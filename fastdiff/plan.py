@@ -5,6 +5,8 @@ A `Plan` is a sequence of `Stage` rows. One stage is one network evaluation and 
 
     h  = p * point + q * out                      point = e if the stage before wrote e, else x
     h  = clip(h)                                  only where `clip` is given
+    h  = clip(h, -s, s) / s                       only where `threshold` is given, s of each sample:
+    s  = max(quantile of |h| over the sample, floor)
     xi = sum_k weight_k * normal(seed, stream_k)
     x' = a_x x + a_e e + b[0] h + sum_{j>=1} b[j] H_j + c   xi + sum_i r[i] R_i
     e' = d_x x + d_e e + g[0] h + sum_{j>=1} g[j] H_j + c_e xi + sum_i s[i] R_i
@@ -45,7 +47,9 @@ AT_E = 2  # the evaluation point is e, not x
 WRITES_E = 4
 WRITES_X = 8
 CLIP = 16
+THRESHOLD = 32  # clip_lo, clip_hi hold the quantile and the floor
 
+LEAST_FLOOR = 2.0**-126  # the least normal float32: a floor is not 0 in any state
 MAX_STREAM = 1 << 24  # streams survive a table packed as float32
 
 
@@ -141,6 +145,10 @@ class Stage:
         d_x, d_e, g, c_e, s: The row of e'. All zeros: no e' is written.
         noise: Up to two draws (stream, weight), stream >= 1; xi is their weighted sum.
         clip: (lo, hi) applied to h; for plans whose variable is x0.
+        threshold: (quantile, floor), 0 < quantile <= 1, floor > 0; likewise, and instead of `clip`.
+            Each sample's h is clipped to [-s, s] and divided by s, with s the quantile of the
+            sample's |h|, interpolated linearly at position quantile (n - 1) among its n ordered
+            values (as torch.quantile does, in float64), or the floor where that is greater.
         evaluate: False for a stage without a network call: h does not exist and NFE is not counted.
 
     Raises:
@@ -167,6 +175,7 @@ class Stage:
     s: tuple[float, ...] = ()
     noise: tuple[tuple[int, float], ...] = ()
     clip: tuple[float, float] | None = None
+    threshold: tuple[float, float] | None = None
     evaluate: bool = True
 
     def __post_init__(self) -> None:
@@ -197,6 +206,8 @@ class Stage:
                     f"Stage: clip is (lo, hi), finite, with lo < hi; got {self.clip!r}."
                 )
             put("clip", clip)
+        if self.threshold is not None:
+            put("threshold", self._checked_threshold())
         if not isinstance(self.evaluate, bool):
             raise TypeError(f"Stage: evaluate is True or False; got {self.evaluate!r}.")
         if not self.evaluate and (self.b[:1] not in ((), (0.0,)) or self.g[:1] not in ((), (0.0,))):
@@ -209,6 +220,20 @@ class Stage:
                 f"Stage: c = {self.c}, c_e = {self.c_e} weigh a noise that is not drawn at "
                 f"t = {self.t}. Give noise=((stream, 1.0),) with stream >= 1."
             )
+
+    def _checked_threshold(self) -> tuple[float, float]:
+        pair = _floats("threshold", self.threshold)
+        if len(pair) != 2 or not (0.0 < pair[0] <= 1.0 and LEAST_FLOOR <= pair[1] < math.inf):
+            raise ValueError(
+                "Stage: threshold is (quantile, floor), with 0 < quantile <= 1 and a finite floor "
+                f"of at least {LEAST_FLOOR:.3g}; got {self.threshold!r}."
+            )
+        if self.clip is not None:
+            raise ValueError(
+                f"Stage: h is clipped or thresholded, not both; got clip = {self.clip!r} and "
+                f"threshold = {self.threshold!r}. Leave one out."
+            )
+        return pair[0], pair[1]
 
     def _checked_noise(self) -> tuple[tuple[int, float], ...]:
         draws = []
@@ -259,7 +284,7 @@ class Plan:
         times: Times of the accepted states t_0 > t_1 > ... > t_N, in the schedule's units.
         solver: Name for people; kernels never look at it.
         prediction: What the network returns ("epsilon", "x0", "v", "velocity", "score", "edm").
-        variable: What h is; "x0" is required where a stage clips.
+        variable: What h is; "x0" is required where a stage clips or thresholds.
         schedule: Description of the schedule, for people.
         prior_scale: Standard deviation of x at t_0 (`fastdiff.noise.prior` multiplies by it).
 
@@ -336,6 +361,11 @@ class Plan:
                 raise ValueError(
                     f"Plan: clipping applies to x0 predictions; stage {i} clips {self.variable!r}. "
                     "Use a solver in x0 form (dpmpp-..., or ddim)."
+                )
+            if stage.threshold is not None and self.variable != "x0":
+                raise ValueError(
+                    f"Plan: thresholds apply to x0 predictions; stage {i} thresholds "
+                    f"{self.variable!r}. Use a solver in x0 form (dpmpp-..., or ddim)."
                 )
             evaluations += stage.evaluate
             has_e = stage.writes_e
@@ -450,6 +480,7 @@ class Plan:
                 + WRITES_E * stage.writes_e
                 + WRITES_X * stage.writes_x
                 + CLIP * (stage.clip is not None)
+                + THRESHOLD * (stage.threshold is not None)
             )
             at_e = stage.writes_e
             later = self.stages[i + 1 : i + 2]
@@ -457,7 +488,7 @@ class Plan:
             draws = [d for d in stage.noise if stage.c or stage.c_e]
             streams = [d[0] for d in draws] + [0, 0]
             xi = [d[1] for d in draws] + [0.0, 0.0]
-            lo, hi = stage.clip or (0.0, 0.0)
+            lo, hi = stage.clip or stage.threshold or (0.0, 0.0)
             head: tuple[float, ...]
             head = (flags, pushes[i], len(draws), streams[0], streams[1], stage.p, lo, hi)
             head += (stage.a_x, stage.a_e, _at(stage.b, 0), stage.c)
@@ -596,6 +627,8 @@ class Plan:
             h = _combination([(s.p, point), (s.q, "out")]) if s.evaluate else "-"
             if s.clip is not None:
                 h = f"clip({h}, {s.clip[0]:g}, {s.clip[1]:g})"
+            if s.threshold is not None:
+                h = f"threshold({h}, {s.threshold[0]:g}, {s.threshold[1]:g})"
             rows = []
             if s.writes_x or not s.writes_e:
                 terms = [(s.a_x, "x"), (s.a_e, "e"), *_history(s.b), (s.c, "xi")]

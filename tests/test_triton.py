@@ -868,6 +868,23 @@ def test_a_wrong_table_is_refused_when_bound(table, error, message):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
+def test_a_row_with_a_threshold_names_the_backends_that_run_it():
+    table = as_table(Plan(stages=(Stage(t=1.0, b=(1.0,)),), times=(1.0, 0.0)))
+    registers = Registers(x=torch.ones(2, 4))
+    run = backends.get("triton").bind(registers, table, PLAN.layout)
+    stage = Stage(t=1.0, b=(1.0,), threshold=(0.9, 1.0))
+    bad = as_table(Plan(stages=(stage,), times=(1.0, 0.0), variable="x0"))
+    for refused in (
+        lambda: backends.get("triton").bind(registers, bad, PLAN.layout),
+        lambda: run.refresh(bad),
+    ):
+        with pytest.raises(
+            NotImplementedError, match=r"cpu and torch; got row 0.*backend=\"torch\""
+        ):
+            refused()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -1,5 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend is: it binds registers and a packed table once, then runs stages."""
+"""What a backend is: it binds registers and a packed table once, then runs stages.
+
+The row's formulas stand in `fastdiff.plan`. They are elementwise but for one: a row with the
+THRESHOLD flag (quantile and floor in clip_lo and clip_hi) needs of each sample
+
+    s = max(quantile of |h|, floor),    h <- clip(h, -s, s) / s
+
+before h enters the update, the history or anything else. The quantile lies at position
+quantile (n - 1), in float64, between the exact order statistics of the sample's n magnitudes;
+interpolated linearly in float64 and rounded once to the state's dtype. It depends on that sample
+alone. A backend that does not do this refuses such a table with a NotImplementedError.
+"""
 
 from __future__ import annotations
 

@@ -7,13 +7,14 @@ own here, where they fuse them, so results agree to rounding and not to the bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import noise
-from ..plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout
+from ..plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout
 from .base import Registers, RunStage
 
 
@@ -59,6 +60,29 @@ class TorchBackend:
         return run
 
 
+def threshold(h: Tensor, quantile: float, floor: float) -> Tensor:
+    """Dynamic thresholding of x0 predictions: h clipped to [-s, s] and divided by s, per sample.
+
+        s = max(quantile of the sample's |h|, floor)
+
+    The quantile is torch.quantile's "linear" one in float64, at position quantile (n - 1) of the n
+    magnitudes, for samples of any size. Where it is NaN, s is the floor; a NaN in h stays.
+
+    Args:
+        h: [B, ...], floating. Without elements it is returned as it is.
+        quantile, floor: As in `fastdiff.Stage`.
+    """
+    if h.numel() == 0:
+        return h
+    ordered = h.abs().reshape(len(h), -1).sort(dim=1).values
+    position = quantile * (ordered.shape[1] - 1)
+    rank = math.floor(position)
+    low, high = ordered[:, rank].double(), ordered[:, math.ceil(position)].double()
+    s = low + (position - rank) * (high - low)
+    s = torch.where(s > floor, s, floor).to(h.dtype).reshape(-1, *[1] * (h.ndim - 1))
+    return h.clamp(-s, s) / s
+
+
 def stage(
     registers: Registers,
     row: dict[str, float],
@@ -89,6 +113,8 @@ def stage(
         h = combine([*k, row["p"]], [*outputs, point])
         if flags & CLIP:
             h = h.clamp(row["clip_lo"], row["clip_hi"])
+        if flags & THRESHOLD:
+            h = threshold(h, row["clip_lo"], row["clip_hi"])
     if xi is not None:
         drawn = xi[samples]
     elif row["draws"]:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout
+from ..plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout
 from .base import Registers
 
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -86,7 +86,7 @@ class TritonBackend:
 
         Raises:
             RuntimeError: Triton or the driver is missing.
-            NotImplementedError: A dtype or device that is not served.
+            NotImplementedError: A dtype or device that is not served, or a row that thresholds.
             TypeError, ValueError: Registers, table or index contradict each other or the contract.
         """
         missing = self.missing()
@@ -468,7 +468,7 @@ def _check_rows(
         value = columns[name]
         return ~((value >= low) & (value <= high) & (value == np.floor(value)))
 
-    refuse(outside("flags", 0, 31), "flags are a combination of the known bits", "flags")
+    refuse(outside("flags", 0, 63), "flags are a combination of the known bits", "flags")
     refuse(outside("push", -1, slots - 1), f"history has {slots} slots", "push")
     refuse(outside("draws", 0, 2), "draws fit the layout, 0 to 2", "draws")
     refuse(
@@ -476,6 +476,12 @@ def _check_rows(
     )
     flags = columns["flags"].astype(int)
     evaluates, writes_e = (flags & EVALUATE) != 0, (flags & WRITES_E) != 0
+    thresholds = evaluates & ((flags & THRESHOLD) != 0)
+    if thresholds.any():
+        raise NotImplementedError(
+            "triton backend: rows with a threshold run on the backends cpu and torch; got row "
+            f'{int(np.argmax(thresholds))}. Use backend="torch".'
+        )
     writes_x, at_e = (flags & WRITES_X) != 0, (flags & AT_E) != 0
     for k in range(layout.terms):
         read = writes_x & (columns[f"past_b_{k}"] != 0) | writes_e & (columns[f"past_g_{k}"] != 0)
