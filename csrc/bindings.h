@@ -28,6 +28,15 @@ namespace py = pybind11;
         case kBadFlags:
             throw py::value_error(message("flags are a sum of the bits in fastdiff.plan",
                                           "Pack the table with Plan.pack."));
+        case kBadThreshold:
+            throw py::value_error(message("a threshold is a quantile in (0, 1] and a positive "
+                                          "floor, without a clip", "Pack the table with Plan.pack."));
+        case kNoThreshold: {
+            const std::string text = message("rows with a threshold run on the backends cpu and "
+                                             "torch", "Use backend=\"torch\".");
+            PyErr_SetString(PyExc_NotImplementedError, text.c_str());
+            throw py::error_already_set();
+        }
         case kBadCount:
             throw py::value_error(message("draws and n_terms fit the layout",
                                           "Bind with the layout that the table was packed for."));

@@ -9,6 +9,9 @@
 #endif
 #include <string.h>
 
+#include <algorithm>
+#include <type_traits>
+
 namespace fastdiff::cpu {
 
 extern const Kernels kBaseline = baseline::kKernels;
@@ -28,19 +31,19 @@ const Kernels*& chosen() {
     return kernels;
 }
 
-// Calls work(lo, hi) on a partition of [0, total).
+// Calls work(lo, hi) on a partition of [0, total) into multiples of `grain` elements.
 template <class Work>
-void parallel(int64_t total, int threads, const Work& work) {
+void parallel(int64_t total, int threads, int64_t grain, const Work& work) {
 #if defined(_OPENMP)
-    const int64_t grains = (total + kGrain - 1) / kGrain;
+    const int64_t grains = (total + grain - 1) / grain;
     const int64_t most = total < kParallelFrom ? 1 : total / (kParallelFrom / 2);
     const int count = static_cast<int>(threads < most ? threads : most);
     if (count > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(count)
         {
             const int64_t team = omp_get_num_threads(), rank = omp_get_thread_num();
-            const int64_t lo = grains * rank / team * kGrain;
-            const int64_t end = grains * (rank + 1) / team * kGrain;
+            const int64_t lo = grains * rank / team * grain;
+            const int64_t end = grains * (rank + 1) / team * grain;
             const int64_t hi = end < total ? end : total;
             if (lo < hi) work(lo, hi);
         }
@@ -48,13 +51,97 @@ void parallel(int64_t total, int threads, const Work& work) {
     }
 #endif
     (void)threads;
+    (void)grain;
     if (total > 0) work(int64_t{0}, total);
 }
+
+// Order statistics of one sample's |h|, exact. Magnitudes order as their bits do, with the sign
+// cleared and NaN last. Passes over h, formed again in each, settle 11 bits of the wanted one at a
+// time until those that share them fit in a block, among which it is then chosen: one pass for a
+// sample of up to a block, three for nearly all others, seven where float64 values tie.
+template <class T>
+class Magnitudes {
+public:
+    Magnitudes(FormKernel form, const void* row, const void* span, int64_t size)
+        : form_(form), row_(row), span_(span), size_(size) {}
+
+    // The values between which position `position` in [0, size - 1] lies, interpolated linearly.
+    double at(double position) const {
+        const int64_t rank = static_cast<int64_t>(position);
+        const double weight = position - static_cast<double>(rank);
+        T low, high;
+        pair(rank, low, high);
+        if (weight == 0) high = low;
+        return low + weight * (static_cast<double>(high) - low);
+    }
+
+private:
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    static constexpr int kBits = 8 * sizeof(T) - 1, kRadix = 11;
+    static constexpr Bits kMask = ~Bits{0} >> 1;
+
+    template <class Work>
+    void each(const Work& work) const {
+        alignas(64) T h[baseline::kBlock];
+        for (int64_t lo = 0; lo < size_; lo += baseline::kBlock) {
+            const int64_t hi = std::min(lo + baseline::kBlock, size_);
+            form_(row_, span_, lo, hi, h);
+            for (int64_t i = 0; i < hi - lo; ++i) {
+                Bits key;
+                memcpy(&key, h + i, sizeof key);
+                work(key & kMask);
+            }
+        }
+    }
+
+    // Those of rank `rank` and rank + 1; NaN where there is no such.
+    void pair(int64_t rank, T& low, T& high) const {
+        Bits prefix = 0;  // of the wanted key: its bits from `shift` on
+        int shift = kBits;
+        int64_t sharing = size_;  // keys with that prefix, and `rank` counts among them
+        while (sharing > baseline::kBlock && shift > 0) {
+            const int width = std::min(kRadix, shift);
+            int64_t count[1 << kRadix] = {};
+            each([&](Bits key) {
+                if (key >> shift == prefix) ++count[(key >> (shift - width)) & ((1 << width) - 1)];
+            });
+            int digit = 0;
+            while (rank >= count[digit]) rank -= count[digit++];
+            prefix = prefix << width | static_cast<Bits>(digit);
+            shift -= width;
+            sharing = count[digit];
+        }
+        Bits kept[baseline::kBlock], above = kMask;
+        int64_t filled = 0;
+        each([&](Bits key) {
+            if (key >> shift == prefix) {
+                if (filled < baseline::kBlock) kept[filled++] = key;  // past a block all are equal
+            } else if (key >> shift > prefix && key < above) {
+                above = key;
+            }
+        });
+        const int64_t place = std::min(rank, filled - 1);
+        std::nth_element(kept, kept + place, kept + filled);
+        memcpy(&low, kept + place, sizeof low);
+        if (place + 1 < filled) {
+            above = *std::min_element(kept + place + 1, kept + filled);
+        } else if (rank + 1 < sharing) {
+            above = kept[place];
+        }
+        memcpy(&high, &above, sizeof high);
+    }
+
+    FormKernel form_;
+    const void* row_;
+    const void* span_;
+    int64_t size_;
+};
 
 template <class T, class S>
 struct Launch {
     const StageArgs& a;
     SpanKernel kernel;
+    FormKernel form;
 
     // Points `at` at sample b; with a contiguous output and b = 0, at the whole batch.
     void place(const Row<T>& row, int64_t b, Span<T, S>& at) const {
@@ -81,6 +168,11 @@ struct Launch {
     void sample(const Row<T>& row, int64_t b, int64_t lo, int64_t hi) const {
         Span<T, S> at;
         place(row, b, at);
+        if (row.flags & kThreshold) {  // the sample is whole then
+            const Magnitudes<T> magnitudes(form, &row, &at, a.size);
+            const double s = magnitudes.at(row.quantile * static_cast<double>(a.size - 1));
+            at.scale = static_cast<T>(s > row.floor ? s : row.floor);
+        }
         kernel(&row, &at, a.seeds == nullptr ? nullptr : a.seeds + b, a.size, lo, hi);
     }
 
@@ -95,12 +187,17 @@ struct Launch {
         }
     }
 
+    // Where h is thresholded a sample belongs to one thread.
+    int64_t grain(bool thresholds) const { return thresholds ? a.size : kGrain; }
+
     Status shared(int64_t index, int threads) const {
         Row<T> row;
         const Status status = resolve(a, index, row);
         if (status != kOk) return status;
-        const bool joined = row.branches == 0 || a.out_stride == a.size || a.batch == 1;
-        parallel(a.batch * a.size, threads, [&](int64_t lo, int64_t hi) {
+        const bool thresholds = row.flags & kThreshold;
+        const bool gapless = row.branches == 0 || a.out_stride == a.size || a.batch == 1;
+        const bool joined = gapless && !thresholds;
+        parallel(a.batch * a.size, threads, grain(thresholds), [&](int64_t lo, int64_t hi) {
             if (joined) {
                 sample(row, 0, lo, hi);
             } else {
@@ -113,13 +210,15 @@ struct Launch {
 
     Status per_sample(int64_t index, int threads, int64_t* bad_row) const {
         Row<T> checked;
+        bool thresholds = false;
         for (int64_t b = 0; b < a.batch; ++b) {
             if (b > 0 && a.stage_index[b] == a.stage_index[b - 1]) continue;
             *bad_row = index + a.stage_index[b];
             const Status status = resolve(a, *bad_row, checked);
             if (status != kOk) return status;
+            thresholds = thresholds || (checked.flags & kThreshold);
         }
-        parallel(a.batch * a.size, threads, [&](int64_t lo, int64_t hi) {
+        parallel(a.batch * a.size, threads, grain(thresholds), [&](int64_t lo, int64_t hi) {
             Row<T> row;
             int64_t resolved = -1;
             samples(lo, hi, [&](int64_t b, int64_t from, int64_t to) {
@@ -135,8 +234,9 @@ struct Launch {
 
 template <class T, class S>
 Status launch(const StageArgs& a, int64_t row, int threads, int64_t* bad_row) {
-    const SpanKernel kernel = active().span[sizeof(T) == 8][a.out_dtype];
-    const Launch<T, S> launch{a, kernel};
+    const Kernels& kernels = active();
+    const bool wide = sizeof(T) == 8;
+    const Launch<T, S> launch{a, kernels.span[wide][a.out_dtype], kernels.form[wide][a.out_dtype]};
     return a.stage_index == nullptr ? launch.shared(row, threads)
                                     : launch.per_sample(row, threads, bad_row);
 }
@@ -196,11 +296,11 @@ Status normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_
               uint32_t stream, int threads) {
     const Kernels& kernels = active();
     if (dtype == kFloat32) {
-        parallel(batch * size, threads, [&](int64_t lo, int64_t hi) {
+        parallel(batch * size, threads, kGrain, [&](int64_t lo, int64_t hi) {
             kernels.normals(seeds, size, stream, lo, hi, static_cast<float*>(z) + lo);
         });
     } else if (dtype == kFloat64) {
-        parallel(batch * size, threads, [&](int64_t lo, int64_t hi) {
+        parallel(batch * size, threads, kGrain, [&](int64_t lo, int64_t hi) {
             float block[baseline::kBlock];
             while (lo < hi) {
                 const int64_t end = hi - lo < baseline::kBlock ? hi : lo + baseline::kBlock;

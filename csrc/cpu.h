@@ -14,9 +14,13 @@ constexpr int64_t kParallelFrom = 65536;
 using SpanKernel = void (*)(const void* row, void* span, const uint64_t* seeds, int64_t size,
                             int64_t lo, int64_t hi);
 
+// h [0 .. hi - lo), in the state's type, of elements [lo, hi), not yet limited.
+using FormKernel = void (*)(const void* row, const void* span, int64_t lo, int64_t hi, void* h);
+
 struct Kernels {
     const char* name;
     SpanKernel span[2][kDtypes];  // [state][Dtype of out]
+    FormKernel form[2][kDtypes];
     // z[0 .. hi - lo) = the normals of elements [lo, hi) of samples of `size` elements.
     void (*normals)(const uint64_t* seeds, int64_t size, uint32_t stream, int64_t lo, int64_t hi,
                     float* z);

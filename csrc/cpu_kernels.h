@@ -183,6 +183,7 @@ struct Pack {
         Vector<T> v[U];
     };
     static constexpr bool kNoiseFirst = false;
+    static constexpr bool kThresholds = U == 1;  // a test that other rows need not make
     const Span<T, S>& at;
     int64_t i;
 
@@ -226,6 +227,13 @@ struct Pack {
         }
         return r;
     }
+    FASTDIFF_INLINE V divide(const V& v, T by) const {
+        V r;
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) r.v[u] = v.v[u] / splat(by);
+        return r;
+    }
+    FASTDIFF_INLINE T scale() const { return at.scale; }
     FASTDIFF_INLINE V x() const { return read(at.x); }
     FASTDIFF_INLINE V e() const { return read(at.e); }
     FASTDIFF_INLINE V out(int g) const { return read(at.out[g]); }
@@ -253,8 +261,9 @@ template <bool kHasE, class T, class S>
 FASTDIFF_INLINE void update_range(const Row<T>& row, const Span<T, S>& at, int64_t lo, int64_t hi) {
     constexpr int kUnroll = kLanes > 4 ? 4 : 1;
     constexpr int64_t kWide = kUnroll * kWidth<T>;
+    const int64_t packed = row.flags & kThreshold ? lo : hi;
     int64_t i = lo;
-    for (; i + kWide <= hi; i += kWide) update<kHasE>(row, Pack<T, S, kUnroll>{at, i});
+    for (; i + kWide <= packed; i += kWide) update<kHasE>(row, Pack<T, S, kUnroll>{at, i});
     for (; i + kWidth<T> <= hi; i += kWidth<T>) update<kHasE>(row, Pack<T, S, 1>{at, i});
     for (; i < hi; ++i) update<kHasE>(row, Element<T, S>{at, i});
 }
@@ -364,6 +373,35 @@ static void span(const void* row_, void* span_, const uint64_t* seeds, int64_t s
         }
         lo = end;
     }
+}
+
+// h of what `io` stands at, loading of x and e what it is formed from.
+template <class T, class IO>
+FASTDIFF_INLINE typename IO::V form_at(const Row<T>& row, const IO& io) {
+    typename IO::V x = io.zero(), e = io.zero();
+    if (row.p != T(0)) {
+        if (row.flags & kAtE) {
+            e = io.e();
+        } else {
+            x = io.x();
+        }
+    }
+    return form(row, io, x, e);
+}
+
+template <class T, class S>
+static void form_range(const void* row_, const void* span_, int64_t lo, int64_t hi, void* h_) {
+    const Row<T>& row = *static_cast<const Row<T>*>(row_);
+    const Span<T, S>& at = *static_cast<const Span<T, S>*>(span_);
+    T* h = static_cast<T*>(h_) - lo;
+    constexpr int kUnroll = kLanes > 4 ? 4 : 1;
+    constexpr int64_t kWide = kUnroll * kWidth<T>;
+    int64_t i = lo;
+    for (; i + kWide <= hi; i += kWide) {
+        const Pack<T, S, kUnroll> pack{at, i};
+        pack.write(h, form_at(row, pack));
+    }
+    for (; i < hi; ++i) h[i] = form_at(row, Element<T, S>{at, i});
 }
 
 // -- noise ---------------------------------------------------------------------------------------
@@ -588,6 +626,10 @@ constexpr Kernels kKernels = {FASTDIFF_NAME(FASTDIFF_ISA),
                                 span<float, Float16>},
                                {span<double, float>, span<double, double>, span<double, Bfloat16>,
                                 span<double, Float16>}},
+                              {{form_range<float, float>, form_range<float, double>,
+                                form_range<float, Bfloat16>, form_range<float, Float16>},
+                               {form_range<double, float>, form_range<double, double>,
+                                form_range<double, Bfloat16>, form_range<double, Float16>}},
                               normals,
                               words};
 

@@ -16,6 +16,13 @@ struct Launch {
     bool aligned;              // set by `run`: accesses of four elements are legal
 };
 
+// A row from its columns; these kernels threshold none.
+template <class T>
+FASTDIFF_HD Status resolve(const StageArgs& a, const double* columns, Row<T>& row) {
+    const Status status = fastdiff::resolve(a, columns, row);
+    return status == kOk && (row.flags & kThreshold) ? kNoThreshold : status;
+}
+
 // What went wrong: kOk, or kDeviceError with the CUDA runtime's words.
 struct Outcome {
     Status status;

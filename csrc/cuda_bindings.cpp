@@ -87,7 +87,8 @@ public:
             for (int64_t row = 0; row < args.rows; ++row) {
                 Row<double> resolved;
                 // with no elements nothing is touched, and addresses may be null
-                const Status status = states_ == 0 ? kOk : resolve(args, row, resolved);
+                const double* columns = args.table + row * row_width(args);
+                const Status status = states_ == 0 ? kOk : cuda::resolve(args, columns, resolved);
                 if (status != kOk && call == (kWithOut | kWithXi)) refuse(status, row, args.rows);
                 if (status != kOk && worst[call] < 0) worst[call] = row;
                 statuses[call].push_back(status);

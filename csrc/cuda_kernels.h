@@ -50,7 +50,7 @@ struct Resolved {
     }
     FASTDIFF_HD void resolve(const Launch& l, int64_t index) {
         status = index < 0 || index >= l.args.rows ? kBadRow
-                                                   : fastdiff::resolve(l.args, columns, row);
+                                                   : cuda::resolve(l.args, columns, row);
         if (status == kOk) return;
         l.fault[1] = index;
         l.fault[0] = status;
@@ -71,7 +71,7 @@ struct Quad {
     struct V {
         T v[4];
     };
-    static constexpr bool kNoiseFirst = true;
+    static constexpr bool kNoiseFirst = true, kThresholds = false;
     const StageArgs& a;
     const Row<T>& row;
     int64_t i;  // its first element in a register

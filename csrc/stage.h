@@ -13,14 +13,16 @@
 namespace fastdiff {
 
 // Raised whenever the columns, the flags or a signature of the compiled core change.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;
 
 // Bits of the flags column, as in fastdiff.plan.
-enum Flag : int32_t { kEvaluate = 1, kAtE = 2, kWritesE = 4, kWritesX = 8, kClip = 16 };
-constexpr int32_t kAllFlags = 31;
+enum Flag : int32_t {
+    kEvaluate = 1, kAtE = 2, kWritesE = 4, kWritesX = 8, kClip = 16, kThreshold = 32
+};
+constexpr int32_t kAllFlags = 63;
 
 // Columns of the fixed head of a row, as in fastdiff.plan.Layout.HEAD.
 enum Column : int {
@@ -36,6 +38,8 @@ enum Status : int32_t {
     kOk = 0,
     kBadRow,        // row (+ stage_index[b]) outside the table
     kBadFlags,      // flags column is no combination of the known bits
+    kBadThreshold,  // a quantile outside (0, 1], a floor that is not positive, or a clip as well
+    kNoThreshold,   // the row thresholds and the backend has no kernel for it
     kBadCount,      // draws or n_terms outside the layout
     kBadSlot,       // a history slot outside the ring
     kBadStream,     // a noise stream that is no unsigned 32-bit integer
@@ -91,6 +95,7 @@ struct Row {
     int32_t branches, terms, extras, draws;
     uint32_t stream[kMaxDraws];
     T p, lo, hi, c_in;
+    double quantile, floor;  // of the threshold: what the float64 columns say
     T a_x, a_e, b_0, c, d_x, d_e, g_0, c_e;
     T xi[kMaxDraws];
     T k[kMaxBranches];
@@ -114,8 +119,9 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     if (!is_index(v[kPushColumn], -1, static_cast<double>(a.slots) - 1)) return kBadSlot;
     if (!is_index(v[kDrawsColumn], 0, kMaxDraws)) return kBadCount;
     if (!is_index(v[kNTermsColumn], 0, a.terms)) return kBadCount;
-    const int32_t flags = row.flags = static_cast<int32_t>(v[kFlagsColumn]);
+    const int32_t flags = static_cast<int32_t>(v[kFlagsColumn]);
     const bool evaluates = flags & kEvaluate;
+    row.flags = evaluates ? flags : flags & ~kThreshold;  // without h there is nothing to limit
     const bool writes_e = flags & kWritesE, writes_x = flags & kWritesX;
     row.push = static_cast<int32_t>(v[kPushColumn]);
 
@@ -137,6 +143,13 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     row.p = reads_point ? static_cast<T>(v[kPColumn]) : T(0);
     row.lo = static_cast<T>(v[kClipLoColumn]);
     row.hi = static_cast<T>(v[kClipHiColumn]);
+    row.quantile = v[kClipLoColumn];
+    row.floor = v[kClipHiColumn];
+    if (flags & kThreshold) {
+        const bool legal = row.quantile > 0 && row.quantile <= 1 && row.hi > 0 &&
+                           row.hi - row.hi == 0;  // finite in the arithmetic type
+        if (!legal || (flags & kClip)) return kBadThreshold;
+    }
     row.a_x = static_cast<T>(v[kAxColumn]);
     row.a_e = static_cast<T>(v[kAeColumn]);
     row.b_0 = static_cast<T>(v[kB0Column]);
@@ -200,13 +213,32 @@ FASTDIFF_HD typename IO::V noise_of(const Row<T>& row, const IO& io) {
     return xi;
 }
 
+// The h of what `io` stands at, not yet limited. x and e by value: with a reference to either a GPU
+// would keep both in memory.
+template <class T, class IO>
+FASTDIFF_HD typename IO::V form(const Row<T>& row, const IO& io, typename IO::V x,
+                                typename IO::V e) {
+    typename IO::V h = io.zero();
+    FASTDIFF_ROLLED
+    for (int g = 0; g < row.branches; ++g) h = io.fma(row.k[g], io.out(g), h);
+    if (row.p != T(0)) {
+        if (row.flags & kAtE) {
+            h = io.fma(row.p, e, h);
+        } else {
+            h = io.fma(row.p, x, h);
+        }
+    }
+    return h;
+}
+
 // The update of what `io` stands at: one element or a pack of them. Every load precedes every
 // store, so x', e', the push and m' may overwrite what the same elements were read from.
 //
 // IO supplies the value type V; zero(), fma(T, V, V), mul(T, V), clip(V, T, T); loads x(), e(),
 // out(g), term(j), extra(i), xi(), draw(d) (list positions of the row); and stores put_x, put_e,
-// put_push, put_m; and kNoiseFirst: whether the noise is made before anything is loaded (where
-// making it takes registers) or when it is added (where it is read).
+// put_push, put_m; kNoiseFirst: whether the noise is made before anything is loaded (where
+// making it takes registers) or when it is added (where it is read); and kThresholds: whether it has
+// scale(), the sample's s, and divide(V, T); rows that threshold run on such alone.
 template <bool kHasE, class T, class IO>
 FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
     using V = typename IO::V;
@@ -216,13 +248,10 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
     if (row.loads_x) x = io.x();
     if (row.loads_e) e = io.e();
     if (row.flags & kEvaluate) {
-        FASTDIFF_ROLLED
-        for (int g = 0; g < row.branches; ++g) h = io.fma(row.k[g], io.out(g), h);
-        if (row.p != T(0)) {  // no reference to either: a GPU would keep both in memory for it
-            if (row.flags & kAtE) {
-                h = io.fma(row.p, e, h);
-            } else {
-                h = io.fma(row.p, x, h);
+        h = form(row, io, x, e);
+        if constexpr (IO::kThresholds) {
+            if (row.flags & kThreshold) {
+                h = io.divide(io.clip(h, -io.scale(), io.scale()), io.scale());
             }
         }
         if (row.flags & kClip) h = io.clip(h, row.lo, row.hi);
@@ -350,6 +379,7 @@ struct Span {
     void* m;
     int64_t copies, copy_stride;
     int32_t network;  // Dtype of m
+    T scale;          // s of the sample, where the row thresholds
     const T* xi;
     const float* draw[kMaxDraws];
     const S* out[kMaxBranches];
@@ -360,7 +390,7 @@ struct Span {
 template <class T, class S>
 struct Element {
     using V = T;
-    static constexpr bool kNoiseFirst = false;
+    static constexpr bool kNoiseFirst = false, kThresholds = true;
     const Span<T, S>& at;
     int64_t i;
 
@@ -369,6 +399,8 @@ struct Element {
     FASTDIFF_HD T mul(T c, T v) const { return c * v; }
     // NaN stays.
     FASTDIFF_HD T clip(T v, T lo, T hi) const { return v < lo ? lo : v > hi ? hi : v; }
+    FASTDIFF_HD T divide(T v, T by) const { return v / by; }
+    FASTDIFF_HD T scale() const { return at.scale; }
     FASTDIFF_HD T x() const { return at.x[i]; }
     FASTDIFF_HD T e() const { return at.e[i]; }
     FASTDIFF_HD T out(int g) const { return static_cast<T>(widen(at.out[g][i])); }

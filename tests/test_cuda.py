@@ -567,6 +567,25 @@ def test_a_table_that_would_corrupt_memory_is_refused(device, usable, name, valu
     assert torch.equal(run.table.cpu(), good)
 
 
+def test_a_row_with_a_threshold_names_the_backends_that_run_it(device, usable):
+    stage = Stage(t=1.0, b=(1.0,), threshold=(0.9, 1.0))
+    plan = Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
+    registers = Registers(x=torch.ones(2, 8, device=device))
+    message = r"cpu and torch; got row 0.*backend=\"torch\""
+    with pytest.raises(NotImplementedError, match=message):
+        backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
+    table = torch.tensor(plan.table)
+    table[0, 0] = EVALUATE + WRITES_X
+    run = backends.get("cuda").bind(registers, table, plan.layout)
+    with pytest.raises(NotImplementedError, match=message):
+        run.refresh(torch.tensor(plan.table))
+    run.table.copy_(torch.tensor(plan.table))  # the device's own check
+    run(0, torch.ones(2, 8, device=device), None)
+    assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
+    with pytest.raises(NotImplementedError, match=message):
+        run.check()
+
+
 def test_noise_without_seeds_is_refused_before_the_launch(device, usable):
     registers = Registers(
         x=torch.ones(2, 8, device=device), history=torch.ones(NOISY.slots, 2, 8, device=device)

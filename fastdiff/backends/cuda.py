@@ -79,7 +79,7 @@ class CudaBackend:
             ValueError: A register has the wrong shape, device or layout, two overlap, or a row of
                 the table would leave them.
             TypeError: A dtype is wrong.
-            NotImplementedError: The layout is beyond the core.
+            NotImplementedError: The layout is beyond the core, or a row thresholds.
             RuntimeError: The CUDA part is not built.
         """
         core, why = cuda_core()
