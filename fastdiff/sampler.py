@@ -16,6 +16,7 @@ import torch
 
 from . import backends, noise
 from .backends.base import Registers, RunStage
+from .backends.torch import threshold
 from .guidance import CFG, batched, check_batch
 from .plan import AT_E, Plan
 from .schedules import prediction_name
@@ -225,7 +226,11 @@ class Sampler:
         else:
             combined = branches[0]
         x0 = stage.x0_p * point + stage.x0_q * combined
-        return point, x0 if stage.clip is None else x0.clamp(*stage.clip)
+        if stage.clip is not None:
+            x0 = x0.clamp(*stage.clip)
+        if stage.threshold is not None:
+            x0 = threshold(x0, *stage.threshold)
+        return point, x0
 
     # -- before the loop -------------------------------------------------------------------------
 

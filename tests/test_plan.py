@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
-from fastdiff.plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Plan, Stage
+from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Plan, Stage
 
 VP = fd.schedules.VPLinear()
 ALL = [
@@ -17,6 +17,7 @@ ALL = [
     for name in fd.solvers.names()
 ]  # fmt: skip
 ALL.append(fd.plan(VP, "dpmpp-3m", 6, warmup="runge-kutta", clip=1.0))
+ALL.append(fd.plan(VP, "dpmpp-2s", 4, threshold=0.995))
 ALL.append(fd.plan(fd.schedules.EDM(), "heun", 5, prediction="edm"))
 
 
@@ -64,6 +65,21 @@ def test_table_holds_what_the_rows_say():
         assert row[columns["k_0"]] == stage.q
         assert int(row[columns["n_terms"]]) == len(stage.b) - 1
     assert plan.pack((0.25, 0.75)).shape[1] == plan.layout.width + 1
+
+
+def test_a_threshold_stands_in_the_columns_of_the_clip():
+    plan = fd.plan(VP, "dpmpp-2m", 3, threshold=(0.9, 1.5))
+    columns = plan.layout.columns
+    for stage, row in zip(plan.stages, plan.table, strict=True):
+        assert stage.threshold == (0.9, 1.5)
+        assert int(row[0]) == EVALUATE + WRITES_X + THRESHOLD
+        assert (row[columns.index("clip_lo")], row[columns.index("clip_hi")]) == (0.9, 1.5)
+    assert json.loads(plan.to_json())["stages"][0]["threshold"] == [0.9, 1.5]
+    assert "threshold" not in fd.plan(VP, "dpmpp-2m", 3).to_json()
+    assert str(plan).count("threshold(") == 3
+    assert "threshold(out, 0.9, 1.5)" in str(
+        fd.plan(VP, "ddim", 2, threshold=(0.9, 1.5), prediction="x0")
+    )
 
 
 def test_flags_follow_from_the_coefficients():
@@ -136,6 +152,14 @@ def test_print_shows_the_table():
         ({"clip": (1.0, -1.0)}, "lo < hi"),
         ({"clip": (-math.inf, 1.0)}, "finite, with lo < hi"),
         ({"clip": (-1.0, 1.0)}, "clipping applies to x0"),
+        ({"threshold": (0.9, 1.0)}, "thresholds apply to x0.*thresholds 'epsilon'"),
+        ({"threshold": (0.9, 1.0), "clip": (-1.0, 1.0)}, "not both"),
+        ({"threshold": (0.0, 1.0)}, "0 < quantile <= 1"),
+        ({"threshold": (1.01, 1.0)}, "0 < quantile <= 1"),
+        ({"threshold": (math.nan, 1.0)}, "0 < quantile <= 1"),
+        ({"threshold": (0.9, 0.0)}, "a finite floor of at least 1.18e-38"),
+        ({"threshold": (0.9, math.inf)}, "a finite floor"),
+        ({"threshold": (0.9,)}, r"threshold is \(quantile, floor\)"),
         ({"evaluate": False}, "without an evaluation"),
         ({"t": 2.0}, "within the grid"),
     ],
@@ -151,6 +175,8 @@ def test_rows_of_the_wrong_kind_are_refused():
     for bad in (3.0, ["1"], (True,)):
         with pytest.raises(TypeError, match="sequence of floats"):
             two(b=bad)
+    with pytest.raises(TypeError, match="threshold is a sequence of floats"):
+        two(threshold=0.9)
     with pytest.raises(TypeError, match=r"a draw is \(stream, weight\)"):
         two(c=1.0, noise=((1,),))
     with pytest.raises(TypeError, match=r"fastdiff\.Stage rows"):

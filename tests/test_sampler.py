@@ -13,6 +13,7 @@ import fastdiff as fd
 VP = fd.schedules.VPLinear()
 BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
+THRESHOLDS = pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "torch")])
 
 
 def network(x, t, **cond):
@@ -30,6 +31,11 @@ def literal(plan, net, x, draw=None):
         h = s.p * point + s.q * net(s.c_in * point, t)
         if s.clip:
             h = h.clamp(*s.clip)
+        if s.threshold:
+            quantile, floor = s.threshold
+            scale = torch.quantile(h.abs().flatten(1), quantile, dim=1).clamp(min=floor)
+            scale = scale.reshape(-1, *[1] * (h.ndim - 1))
+            h = h.clamp(-scale, scale) / scale
         outputs.insert(0, h)
         xi = draw(i) if s.c or s.c_e else 0.0
         rows = []
@@ -53,6 +59,23 @@ def test_a_run_is_the_plans_formulas(solver, backend):
 
     got = fd.sample(network, x, plan, backend=backend, seed=seeds)
     torch.testing.assert_close(got, literal(plan, network, x, draw), rtol=1e-12, atol=1e-12)
+
+
+@THRESHOLDS
+@pytest.mark.parametrize(
+    "solver", [n for n in fd.solvers.names() if "clip" in fd.solvers.info(n).options]
+)
+def test_a_thresholded_run_is_the_plans_formulas(solver, backend):
+    plan = fd.plan(VP, solver, 6, prediction="v", threshold=(0.8, 0.3))
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+
+    def draw(i):
+        return fd.noise.normal(x.shape, 7, plan.stages[i].noise[0][0], dtype=torch.float64)
+
+    got = fd.sample(network, x, plan, backend=backend, seed=7)
+    torch.testing.assert_close(got, literal(plan, network, x, draw), rtol=1e-11, atol=1e-11)
+    narrow = fd.sample(network, x.float(), plan, backend=backend, seed=7)
+    torch.testing.assert_close(narrow.double(), got, rtol=1e-3, atol=1e-3)
 
 
 @EACH
@@ -442,6 +465,21 @@ def test_callback_sees_the_clipped_x0():
     seen = []
     run(plan=plan, callback=lambda stage, t, x, x0: seen.append(float(x0.abs().max())))
     assert seen == [0.25] * 3
+
+
+@THRESHOLDS
+def test_callback_sees_the_thresholded_x0(backend):
+    plan = fd.plan(VP, "ddim", 1, t_min=0.0, prediction="x0", threshold=(0.5, 0.1))
+    seen = []
+    got = fd.sample(
+        lambda x, t: 3 * x,
+        torch.randn(2, 3, 5),
+        plan,
+        backend=backend,
+        callback=lambda stage, t, x, x0: seen.append(x0),
+    )
+    assert float(seen[0].abs().max()) == 1.0
+    torch.testing.assert_close(got, seen[0])
 
 
 @EACH

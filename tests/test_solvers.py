@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Laws every solver obeys, on every schedule, grid and prediction it serves."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -375,6 +376,15 @@ def test_registry_names_are_the_field_names():
         assert fd.solvers.get(name).name == name
 
 
+@pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])
+def test_what_clips_can_threshold_and_nothing_else_changes(name):
+    with_clip = fd.plan(VP, name, 4, clip=1.0)
+    plan = fd.plan(VP, name, 4, threshold=0.995)
+    assert {stage.threshold for stage in plan.stages} == {(0.995, 1.0)}
+    bare = [dataclasses.replace(stage, threshold=None) for stage in plan.stages]
+    assert bare == [dataclasses.replace(stage, clip=None) for stage in with_clip.stages]
+
+
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
@@ -389,6 +399,19 @@ def test_registry_names_are_the_field_names():
         (lambda: fd.plan(VP, "dpmpp-2m", 6, solver_type="heun"), ValueError, "is one of"),
         (lambda: fd.plan(VP, "dpmpp-2m", 6, clip=(1, 1)), ValueError, "lo < hi"),
         (lambda: fd.plan(VP, "ddim", 6, form="epsilon", clip=1.0), ValueError, "clip applies"),
+        (lambda: fd.plan(VP, "dpm-2m", 6, threshold=0.9), TypeError, "no option 'threshold'"),
+        (lambda: fd.plan(VP, "deis-logrho-2", 6, threshold=0.9), TypeError, "no option"),
+        (lambda: fd.plan(VP, "ddim", 6, form="epsilon", threshold=0.9), ValueError,
+         "threshold applies to x0"),
+        (lambda: fd.solvers.DPMSolverMultistep(form="epsilon", threshold=0.9), ValueError,
+         "threshold applies to x0"),
+        (lambda: fd.solvers.DPMSolverSinglestep(form="epsilon", clip=1), ValueError,
+         "clip applies to x0"),
+        (lambda: fd.plan(VP, "dpmpp-2m", 6, threshold=0.9, clip=1), ValueError, "not both"),
+        (lambda: fd.plan(VP, "dpmpp-2m", 6, threshold=99.5), ValueError, "quantile <= 1"),
+        (lambda: fd.plan(VP, "dpmpp-2m", 6, threshold=(0.9, 0)), ValueError, "floor > 0"),
+        (lambda: fd.plan(VP, "dpmpp-2m", 6, threshold=True), TypeError, "such as 0.995; got True"),
+        (lambda: fd.plan(VP, "dpmpp-2m", 6, threshold=(0.9, 1, 2)), TypeError, "a pair"),
         (lambda: fd.plan(VP, "deis-3", 6, warmup="rk"), ValueError, "warmup is one of"),
         (lambda: fd.plan(VP, "dpm-3", 6, method="singlestep_fixed"), ValueError, "published=True"),
         (lambda: fd.solvers.get("dpm-3", method="singlestep_fixed", published=True).plan(VP, 2),

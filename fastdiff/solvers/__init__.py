@@ -116,6 +116,7 @@ for _k in (1, 2, 3):
         solver_type="taylor",
         published=False,
         clip=None,
+        threshold=None,
     )
 _register("deis-heun", 2, 2, "Runge-Kutta in rho", _DEIS, RhoRK, tableau="heun")
 _register("deis-kutta3", 3, 3, "Runge-Kutta in rho", _DEIS, RhoRK, tableau="kutta3")
@@ -133,12 +134,12 @@ for _k in (1, 2, 3, 4):
 for _k in (1, 2, 3):
     _register(
         f"dpm-{_k}", _k, _k, "singlestep on epsilon", _DPM, DPMSolverSinglestep,
-        order=_k, form="epsilon", clip=None,
+        order=_k, form="epsilon", clip=None, threshold=None,
     )  # fmt: skip
 for _k in (2, 3):
     _register(
         f"dpm-{_k}m", _k, 1, "multistep on epsilon", _DPM, DPMSolverMultistep,
-        order=_k, form="epsilon", clip=None,
+        order=_k, form="epsilon", clip=None, threshold=None,
     )  # fmt: skip
 _register("dpmpp-1", 1, 1, "ddim on x0", _DPMPP, DPMSolverSinglestep, order=1, form="x0")
 for _k in (2, 3):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import grids
-from ..plan import Plan, Stage
+from ..plan import LEAST_FLOOR, Plan, Stage
 from ..schedules import Array, Schedule, prediction_name
 
 Weights = Mapping[int, float]
@@ -30,12 +30,14 @@ class Rows:
         schedule, prediction: Of the plan.
         variable: What the solver combines: h is converted to it.
         clip: (lo, hi) for every evaluation, or None.
+        threshold: (quantile, floor) for every evaluation, or None.
     """
 
     schedule: Schedule
     prediction: str
     variable: str
     clip: tuple[float, float] | None = None
+    threshold: tuple[float, float] | None = None
     stages: list[Stage] = field(default_factory=list)
     evaluations: int = 0
 
@@ -86,6 +88,7 @@ class Rows:
                 c_e=c_e,
                 noise=((len(self.stages) + 1, 1.0),) if c or c_e else (),
                 clip=self.clip,
+                threshold=self.threshold,
             )
         )
         self.evaluations += 1
@@ -134,6 +137,11 @@ class Solver(abc.ABC):
         """(lo, hi) that x0 predictions are clipped to, or None."""
         return None
 
+    @property
+    def thresholding(self) -> tuple[float, float] | None:
+        """(quantile, floor) that x0 predictions are thresholded with, or None."""
+        return None
+
     def times(
         self,
         schedule: Schedule,
@@ -177,7 +185,7 @@ class Solver(abc.ABC):
         prediction = prediction_name(prediction)
         variable = self.variable(schedule, times)
         self._check_start(schedule, times, variable)
-        rows = Rows(schedule, prediction, variable, self.clipping)
+        rows = Rows(schedule, prediction, variable, self.clipping, self.thresholding)
         write(rows)
         return Plan(
             stages=tuple(rows.stages),
@@ -198,6 +206,54 @@ class Solver(abc.ABC):
             )
 
 
+@dataclass(frozen=True)
+class X0Limits(Solver):
+    """What a solver in x0 form may do to every x0 prediction before it is used.
+
+    Args:
+        clip: Bound or (lo, hi): x0 is clipped to [lo, hi].
+        threshold: Quantile or (quantile, floor), the floor 1 by default: dynamic thresholding. Each
+            sample's x0 is clipped to [-s, s] and divided by s = max(quantile of its |x0|, floor),
+            which keeps it in [-1, 1] without saturating under strong guidance. For pixels; Imagen
+            takes 0.995. diffusers names the two `dynamic_thresholding_ratio` and
+            `sample_max_value`, and clamps s to [1, sample_max_value]: with its default of 1 that
+            is clip=1, whatever the ratio. Here s has a floor and no ceiling, as in the paper.
+
+    Source: Saharia et al., "Imagen", arXiv:2205.11487, section 2.3; Lu et al., "DPM-Solver++",
+    arXiv:2211.01095; code LuChengTHU/dpm-solver 52bc3fb dynamic_thresholding_fn.
+    """
+
+    clip: Any = field(default=None, kw_only=True)
+    threshold: Any = field(default=None, kw_only=True)
+
+    @property
+    def clipping(self) -> tuple[float, float] | None:
+        return clip_range(self.name, self.clip)
+
+    @property
+    def thresholding(self) -> tuple[float, float] | None:
+        return threshold_pair(self.name, self.threshold)
+
+    @property
+    def limits(self) -> bool:
+        """Whether x0 predictions are clipped or thresholded."""
+        return self.clipping is not None or self.thresholding is not None
+
+    def _check_limits(self, form: str) -> None:
+        """Raises where they make no sense, together or in this form ("epsilon", "x0", "auto")."""
+        if self.clipping is not None and self.thresholding is not None:
+            raise ValueError(
+                f"{self.name}: x0 is clipped or thresholded, not both; got clip={self.clip!r} and "
+                f"threshold={self.threshold!r}. Leave one out."
+            )
+        if self.limits and form == "epsilon":
+            option = "clip" if self.clipping is not None else "threshold"
+            raise ValueError(
+                f"{self.name}: {option} applies to x0 and this solver combines epsilon. Use "
+                "form='x0', or dpmpp-..."
+            )
+
+
 def clip_range(who: str, clip: Any) -> tuple[float, float] | None:
     """(lo, hi) from None, a bound (-> (-bound, bound)) or a pair."""
     if clip is None:
@@ -209,6 +265,27 @@ def clip_range(who: str, clip: Any) -> tuple[float, float] | None:
     if not (np.isfinite(lo) and np.isfinite(hi) and lo < hi):
         raise ValueError(f"{who}: clip needs lo < hi, both finite; got {clip!r}.")
     return lo, hi
+
+
+def threshold_pair(who: str, threshold: Any) -> tuple[float, float] | None:
+    """(quantile, floor) from None, a quantile (-> (quantile, 1)) or a pair."""
+    if threshold is None:
+        return None
+    try:
+        if isinstance(threshold, bool | np.bool_):
+            raise TypeError
+        pair = (threshold, 1.0) if np.ndim(threshold) == 0 else threshold
+        quantile, floor = map(float, pair)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{who}: threshold is a quantile or a pair (quantile, floor), such as 0.995; got "
+            f"{threshold!r}."
+        ) from None
+    if not (0.0 < quantile <= 1.0 and LEAST_FLOOR <= floor < np.inf):
+        raise ValueError(
+            f"{who}: threshold needs 0 < quantile <= 1 and a finite floor > 0; got {threshold!r}."
+        )
+    return quantile, floor
 
 
 def choice(who: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -6,17 +6,16 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ..schedules import Array, Schedule
-from .base import Rows, Solver, choice, clip_range
+from .base import Rows, X0Limits, choice
 from .exponential import moments, transfer
 
 
 @dataclass(frozen=True)
-class DDIM(Solver):
+class DDIM(X0Limits):
     """DDIM: the exact flow of a constant epsilon (equally, of a constant x0) over each step.
 
         x_{i+1} = alpha_{i+1} x0 + sqrt(sigma_{i+1}² - s²) eps + s z
@@ -27,16 +26,15 @@ class DDIM(Solver):
 
     Args:
         eta: Share of fresh noise, in [0, 1].
-        form: Variable of the rows: "epsilon", "x0", or "auto": epsilon unless it is clipped or
-            alpha = 0 at the start. The forms agree to rounding.
-        clip: Bound or (lo, hi) for x0; epsilon is then recomputed from the clipped x0.
+        form: Variable of the rows: "epsilon", "x0", or "auto": epsilon unless x0 is limited
+            or alpha = 0 at the start. The forms agree to rounding.
+        clip, threshold: Of x0, as in `X0Limits`; epsilon is then recomputed from the limited x0.
 
     Source: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, eqs. 12 and 16.
     """
 
     eta: float = 0.0
     form: str = "auto"
-    clip: Any = None
 
     def __post_init__(self) -> None:
         if isinstance(self.eta, bool) or not isinstance(self.eta, int | float | np.number):
@@ -44,23 +42,16 @@ class DDIM(Solver):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"{self.name}: eta lies in [0, 1]; got {self.eta!r}.")
         choice(self.name, "form", self.form, ("auto", "epsilon", "x0"))
-        if self.clipping is not None and self.form == "epsilon":
-            raise ValueError(
-                f"{self.name}: clip applies to x0; got form='epsilon'. Use form='x0' or 'auto'."
-            )
+        self._check_limits(self.form)
 
     @property
     def name(self) -> str:
         return "ddim"
 
-    @property
-    def clipping(self) -> tuple[float, float] | None:
-        return clip_range(self.name, self.clip)
-
     def variable(self, schedule: Schedule, times: Array) -> str:
         if self.form != "auto":
             return self.form
-        needs_x0 = self.clipping is not None or float(schedule.alpha(times[0])) == 0.0
+        needs_x0 = self.limits or float(schedule.alpha(times[0])) == 0.0
         return "x0" if needs_x0 else "epsilon"
 
     def write(self, rows: Rows, times: Array) -> None:
@@ -97,7 +88,7 @@ class DDPM(DDIM):
         published: True keeps "fixed_large" as the code has it, which leaves the noise out only
             where the step starts at training index 0: a coarser sequence ends with noise of
             standard deviation sigma_s on its result.
-        form, clip: As in `DDIM`.
+        form, clip, threshold: As in `DDIM`.
 
     Source: Ho et al., "DDPM", arXiv:2006.11239, section 3.2 and algorithm 2; published code
     ermongroup/ddim functions/denoising.py:ddpm_steps.

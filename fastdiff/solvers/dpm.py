@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from .. import grids
 from ..plan import Plan
 from ..schedules import Array, Schedule
-from .base import Rows, Solver, choice, clip_range
+from .base import Rows, X0Limits, choice
 from .exponential import adams, moments, transfer
 
 _FORMS = ("epsilon", "x0")
@@ -107,7 +107,7 @@ def _second_order(
 
 
 @dataclass(frozen=True)
-class DPMSolverMultistep(Solver):
+class DPMSolverMultistep(X0Limits):
     """DPM-Solver and DPM-Solver++, multistep (2M, 3M), and DEIS in log rho.
 
         x_{i+1} = a x_i + sum_j b_j h_{i-j},   h = epsilon or x0
@@ -135,7 +135,7 @@ class DPMSolverMultistep(Solver):
         warmup: "lower" (orders 1, 2, ..; no extra evaluations) or "runge-kutta" (the first
             order - 1 steps by the singlestep method of the same order).
         published: See above.
-        clip: Bound or (lo, hi) for x0; form "x0" only.
+        clip, threshold: Of x0, as in `X0Limits`; form "x0" only.
 
     Source: Lu et al., "DPM-Solver", arXiv:2206.00927; "DPM-Solver++", arXiv:2211.01095,
     Algorithm 2; code LuChengTHU/dpm-solver 52bc3fb.
@@ -147,7 +147,6 @@ class DPMSolverMultistep(Solver):
     lower_order_final: bool | str = "auto"
     warmup: str = "lower"
     published: bool = False
-    clip: Any = None
 
     def __post_init__(self) -> None:
         choice(self.name, "order", self.order, (1, 2, 3))
@@ -156,10 +155,7 @@ class DPMSolverMultistep(Solver):
         choice(self.name, "lower_order_final", self.lower_order_final, ("auto", True, False))
         choice(self.name, "warmup", self.warmup, ("lower", "runge-kutta"))
         choice(self.name, "published", self.published, (False, True))
-        if self.clipping is not None and self.form != "x0":
-            raise ValueError(
-                f"{self.name}: clip applies to x0 and this solver combines epsilon. Use dpmpp-..."
-            )
+        self._check_limits(self.form)
 
     @property
     def name(self) -> str:
@@ -168,10 +164,6 @@ class DPMSolverMultistep(Solver):
     @property
     def history(self) -> int:
         return self.order
-
-    @property
-    def clipping(self) -> tuple[float, float] | None:
-        return clip_range(self.name, self.clip)
 
     def variable(self, schedule: Schedule, times: Array) -> str:
         return self.form
@@ -244,7 +236,7 @@ class LogRhoDEIS(DPMSolverMultistep):
 
 
 @dataclass(frozen=True)
-class DPMSolverSinglestep(Solver):
+class DPMSolverSinglestep(X0Limits):
     """DPM-Solver and DPM-Solver++, singlestep (2S, 3S): inner evaluations instead of history.
 
     Order `order` on any grid, `order` evaluations a step. Inner nodes stand at 1/2, or at 1/3 and
@@ -266,7 +258,7 @@ class DPMSolverSinglestep(Solver):
             outer times are always taken from a grid of `steps` intervals, an even budget ends with
             two first-order steps at order 2, and the second inner node at order 3 follows
             solver_type ("midpoint" and "heun" there are "dpmsolver" and "taylor" here).
-        clip: Bound or (lo, hi) for x0; form "x0" only.
+        clip, threshold: Of x0, as in `X0Limits`; form "x0" only.
 
     Source: Lu et al., arXiv:2206.00927, Algorithms 1, 2 and appendix D; arXiv:2211.01095,
     Algorithm 1; code LuChengTHU/dpm-solver 52bc3fb.
@@ -277,7 +269,6 @@ class DPMSolverSinglestep(Solver):
     solver_type: str = "dpmsolver"
     published: bool = False
     method: str = "singlestep"
-    clip: Any = None
 
     def __post_init__(self) -> None:
         choice(self.name, "order", self.order, (1, 2, 3))
@@ -290,19 +281,12 @@ class DPMSolverSinglestep(Solver):
                 f"{self.name}: method={self.method!r} spends a budget of evaluations: it needs "
                 "published=True. Without it every step is of full order already."
             )
-        if self.clipping is not None and self.form != "x0":
-            raise ValueError(
-                f"{self.name}: clip applies to x0 and this solver combines epsilon. Use dpmpp-..."
-            )
+        self._check_limits(self.form)
 
     @property
     def name(self) -> str:
         suffix = "s" if self.form == "x0" and self.order > 1 else ""
         return f"{_prefix(self.form)}-{self.order}{suffix}"
-
-    @property
-    def clipping(self) -> tuple[float, float] | None:
-        return clip_range(self.name, self.clip)
 
     def variable(self, schedule: Schedule, times: Array) -> str:
         return self.form
