@@ -273,7 +273,10 @@ class Sampler:
         key = (x.shape, state, network, x.device)
         if self._run is not None and self._run.key == key:
             return self._run
-        backend = backends.choose(self._backend, state, network, x.device)
+        name = self._backend
+        if name is None and x.device.type != "cpu" and any(s.threshold for s in plan.stages):
+            name = "torch"  # the one that thresholds there
+        backend = backends.choose(name, state, network, x.device)
         batch = x.shape[0]
         like = functools.partial(torch.empty, dtype=state, device=x.device)
         guidance = self._guidance or CFG()

@@ -214,6 +214,18 @@ def test_out_is_filled_and_returned():
     assert torch.equal(out, fd.sample(network, x, plan))
 
 
+@pytest.mark.parametrize(("threshold", "name"), [(None, None), (0.995, "torch")])
+def test_off_the_cpu_a_threshold_runs_on_torch(monkeypatch, threshold, name):
+    def choose(got, *_):
+        raise LookupError(got)
+
+    monkeypatch.setattr(fd.backends, "choose", choose)
+    plan = fd.plan(VP, "dpmpp-2m", 3, threshold=threshold)
+    with pytest.raises(LookupError) as chosen:
+        run(x=torch.empty(2, 4, device="meta"), plan=plan)
+    assert chosen.value.args == (name,)
+
+
 def test_sampler_serves_one_shape_after_another():
     sampler = fd.Sampler(network, fd.plan(VP, "deis-3", 5))
     for shape, dtype in (
