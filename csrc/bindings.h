@@ -31,12 +31,11 @@ namespace py = pybind11;
         case kBadThreshold:
             throw py::value_error(message("a threshold is a quantile in (0, 1] and a positive "
                                           "floor, without a clip", "Pack the table with Plan.pack."));
-        case kNoThreshold: {
-            const std::string text = message("rows with a threshold run on the backends cpu and "
-                                             "torch", "Use backend=\"torch\".");
-            PyErr_SetString(PyExc_NotImplementedError, text.c_str());
-            throw py::error_already_set();
-        }
+        case kNoThreshold:
+            throw py::value_error(message("rows threshold where a row of the table did when it was "
+                                          "bound or refreshed",
+                                          "Call run.refresh(table) before the launch, or before "
+                                          "its capture."));
         case kBadCount:
             throw py::value_error(message("draws and n_terms fit the layout",
                                           "Bind with the layout that the table was packed for."));

@@ -7,10 +7,7 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
-#include <string.h>
-
 #include <algorithm>
-#include <type_traits>
 
 namespace fastdiff::cpu {
 
@@ -55,30 +52,27 @@ void parallel(int64_t total, int threads, int64_t grain, const Work& work) {
     if (total > 0) work(int64_t{0}, total);
 }
 
-// Order statistics of one sample's |h|, exact. Magnitudes order as their bits do, with the sign
-// cleared and NaN last. Passes over h, formed again in each, settle 11 bits of the wanted one at a
-// time until those that share them fit in a block, among which it is then chosen: one pass for a
-// sample of up to a block, three for nearly all others, seven where float64 values tie.
+// Order statistics of one sample's |h|, exact. Passes over h, formed again in each, settle 11 bits
+// of the wanted one at a time until those that share them fit in a block, among which it is then
+// chosen: one pass for a sample of up to a block, three for nearly all others, seven where float64
+// values tie.
 template <class T>
 class Magnitudes {
 public:
     Magnitudes(FormKernel form, const void* row, const void* span, int64_t size)
         : form_(form), row_(row), span_(span), size_(size) {}
 
-    // The values between which position `position` in [0, size - 1] lies, interpolated linearly.
-    double at(double position) const {
-        const int64_t rank = static_cast<int64_t>(position);
-        const double weight = position - static_cast<double>(rank);
+    // What they are clipped to and divided by.
+    T scale(const Row<T>& row) const {
+        const Position position(row.quantile, size_);
         T low, high;
-        pair(rank, low, high);
-        if (weight == 0) high = low;
-        return low + weight * (static_cast<double>(high) - low);
+        pair(position.rank, low, high);
+        return scale_of(row, position.weight, low, high);
     }
 
 private:
-    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-    static constexpr int kBits = 8 * sizeof(T) - 1, kRadix = 11;
-    static constexpr Bits kMask = ~Bits{0} >> 1;
+    using Bits = typename Magnitude<T>::Bits;
+    static constexpr int kBits = Magnitude<T>::kBits, kRadix = 11;
 
     template <class Work>
     void each(const Work& work) const {
@@ -86,11 +80,7 @@ private:
         for (int64_t lo = 0; lo < size_; lo += baseline::kBlock) {
             const int64_t hi = std::min(lo + baseline::kBlock, size_);
             form_(row_, span_, lo, hi, h);
-            for (int64_t i = 0; i < hi - lo; ++i) {
-                Bits key;
-                memcpy(&key, h + i, sizeof key);
-                work(key & kMask);
-            }
+            for (int64_t i = 0; i < hi - lo; ++i) work(Magnitude<T>::of(h[i]));
         }
     }
 
@@ -111,7 +101,7 @@ private:
             shift -= width;
             sharing = count[digit];
         }
-        Bits kept[baseline::kBlock], above = kMask;
+        Bits kept[baseline::kBlock], above = Magnitude<T>::kMost;
         int64_t filled = 0;
         each([&](Bits key) {
             if (key >> shift == prefix) {
@@ -122,13 +112,13 @@ private:
         });
         const int64_t place = std::min(rank, filled - 1);
         std::nth_element(kept, kept + place, kept + filled);
-        memcpy(&low, kept + place, sizeof low);
+        low = Magnitude<T>::value(kept[place]);
         if (place + 1 < filled) {
             above = *std::min_element(kept + place + 1, kept + filled);
         } else if (rank + 1 < sharing) {
             above = kept[place];
         }
-        memcpy(&high, &above, sizeof high);
+        high = Magnitude<T>::value(above);
     }
 
     FormKernel form_;
@@ -170,8 +160,7 @@ struct Launch {
         place(row, b, at);
         if (row.flags & kThreshold) {  // the sample is whole then
             const Magnitudes<T> magnitudes(form, &row, &at, a.size);
-            const double s = magnitudes.at(row.quantile * static_cast<double>(a.size - 1));
-            at.scale = static_cast<T>(s > row.floor ? s : row.floor);
+            at.scale = magnitudes.scale(row);
         }
         kernel(&row, &at, a.seeds == nullptr ? nullptr : a.seeds + b, a.size, lo, hi);
     }

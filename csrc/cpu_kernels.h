@@ -375,20 +375,6 @@ static void span(const void* row_, void* span_, const uint64_t* seeds, int64_t s
     }
 }
 
-// h of what `io` stands at, loading of x and e what it is formed from.
-template <class T, class IO>
-FASTDIFF_INLINE typename IO::V form_at(const Row<T>& row, const IO& io) {
-    typename IO::V x = io.zero(), e = io.zero();
-    if (row.p != T(0)) {
-        if (row.flags & kAtE) {
-            e = io.e();
-        } else {
-            x = io.x();
-        }
-    }
-    return form(row, io, x, e);
-}
-
 template <class T, class S>
 static void form_range(const void* row_, const void* span_, int64_t lo, int64_t hi, void* h_) {
     const Row<T>& row = *static_cast<const Row<T>*>(row_);
@@ -399,9 +385,9 @@ static void form_range(const void* row_, const void* span_, int64_t lo, int64_t 
     int64_t i = lo;
     for (; i + kWide <= hi; i += kWide) {
         const Pack<T, S, kUnroll> pack{at, i};
-        pack.write(h, form_at(row, pack));
+        pack.write(h, form(row, pack));
     }
-    for (; i < hi; ++i) h[i] = form_at(row, Element<T, S>{at, i});
+    for (; i < hi; ++i) h[i] = form(row, Element<T, S>{at, i});
 }
 
 // -- noise ---------------------------------------------------------------------------------------

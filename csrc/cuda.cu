@@ -56,6 +56,37 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     }
 }
 
+// The scale of each sample whose row thresholds: a block takes one sample at a time.
+template <class T, class S>
+__global__ void __launch_bounds__(kSelectors<T>, 1) thresholds(const __grid_constant__ Launch l) {
+    __shared__ Resolved<T> at;
+    __shared__ Selection<T> selection;
+    constexpr int kBlock = kSelectors<T>;
+    const int thread = threadIdx.x;
+    for (int64_t b = blockIdx.x; b < l.args.batch; b += gridDim.x) {
+        const int64_t index = row_of(l, b);
+        __syncthreads();
+        at.fetch(l, index, thread, kBlock);
+        __syncthreads();
+        if (thread == 0) at.resolve(l, index);
+        __syncthreads();
+        if (at.status != kOk || !(at.row.flags & kThreshold)) continue;
+        selection.start(at.row, l.args.size, thread);
+        FASTDIFF_ROLLED
+        for (int pass = 0; pass < Selection<T>::kPasses; ++pass) {
+            selection.clear(thread, kBlock);
+            __syncthreads();
+            count_magnitudes<T, S>(l, at.row, b, pass, thread, kBlock, selection);
+            __syncthreads();
+            if (thread < Selection<T>::kBins) selection.sum(thread);
+            __syncthreads();
+            if (thread < Selection<T>::kBins) selection.choose(pass, thread);
+            __syncthreads();
+        }
+        if (thread == 0) static_cast<T*>(l.scale)[b] = selection.scale(at.row, l.args.size);
+    }
+}
+
 template <class Z>
 __global__ void __launch_bounds__(kThreads)
     normals(Z* z, const uint64_t* seeds, int64_t batch, int64_t size, uint32_t stream, bool wide) {
@@ -99,6 +130,7 @@ constexpr int kMaxDevices = 64;
 
 struct Kernel {
     const void* function;
+    int threads;  // of a block
     std::atomic<int> resident[kMaxDevices];  // blocks that a device holds at once; 0: not asked yet
 };
 
@@ -110,8 +142,8 @@ cudaError_t blocks_for(Kernel& kernel, int device, int64_t wanted, unsigned* blo
         cudaError_t error =
             cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
         if (error == cudaSuccess) {
-            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function, kThreads,
-                                                                  0);
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel.function,
+                                                                  kernel.threads, 0);
         }
         if (error != cudaSuccess) return error;
         most = processors * (each > 0 ? each : 1);
@@ -127,24 +159,29 @@ Outcome launch(Kernel& kernel, int64_t wanted, int device, void* stream, void** 
     unsigned blocks = 0;
     const cudaError_t error = blocks_for(kernel, device, wanted, &blocks);
     if (error != cudaSuccess) return outcome(error);
-    return outcome(cudaLaunchKernel(kernel.function, dim3(blocks), dim3(kThreads), arguments, 0,
+    return outcome(cudaLaunchKernel(kernel.function, dim3(blocks),
+                                    dim3(static_cast<unsigned>(kernel.threads)), arguments, 0,
                                     static_cast<cudaStream_t>(stream)));
 }
 
-#define FASTDIFF_OUT_DTYPES(kernel, T)                                         \
+#define FASTDIFF_OUT_DTYPES(kernel, T, threads)                                \
     {                                                                          \
-        {reinterpret_cast<const void*>(kernel<T, float>), {}},                 \
-            {reinterpret_cast<const void*>(kernel<T, double>), {}},            \
-            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), {}},          \
-            {reinterpret_cast<const void*>(kernel<T, Float16>), {}},           \
+        {reinterpret_cast<const void*>(kernel<T, float>), threads, {}},        \
+            {reinterpret_cast<const void*>(kernel<T, double>), threads, {}},   \
+            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), threads, {}}, \
+            {reinterpret_cast<const void*>(kernel<T, Float16>), threads, {}},  \
     }
 
 Kernel kStages[2][2][kDtypes] = {  // [per sample][float64][Dtype of out]
-    {FASTDIFF_OUT_DTYPES(stage_shared, float), FASTDIFF_OUT_DTYPES(stage_shared, double)},
-    {FASTDIFF_OUT_DTYPES(stage_samples, float), FASTDIFF_OUT_DTYPES(stage_samples, double)},
+    {FASTDIFF_OUT_DTYPES(stage_shared, float, kThreads),
+     FASTDIFF_OUT_DTYPES(stage_shared, double, kThreads)},
+    {FASTDIFF_OUT_DTYPES(stage_samples, float, kThreads),
+     FASTDIFF_OUT_DTYPES(stage_samples, double, kThreads)},
 };
-Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), {}},
-                      {reinterpret_cast<const void*>(normals<double>), {}}};
+Kernel kThresholds[2][kDtypes] = {FASTDIFF_OUT_DTYPES(thresholds, float, kSelectors<float>),
+                                  FASTDIFF_OUT_DTYPES(thresholds, double, kSelectors<double>)};
+Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), kThreads, {}},
+                      {reinterpret_cast<const void*>(normals<double>), kThreads, {}}};
 
 }  // namespace
 
@@ -159,8 +196,13 @@ Outcome run(Launch l, int device, void* stream) {
     const int64_t wanted = per_sample ? (warps + kWarps - 1) / kWarps
                                       : (a.batch * quads + kThreads - 1) / kThreads;
     void* arguments[] = {&l};
-    return launch(kStages[per_sample][a.state == kFloat64][a.out_dtype], wanted, device, stream,
-                  arguments);
+    const bool wide = a.state == kFloat64;
+    if (l.scale != nullptr) {
+        const Outcome first =
+            launch(kThresholds[wide][a.out_dtype], a.batch, device, stream, arguments);
+        if (first.status != kOk) return first;
+    }
+    return launch(kStages[per_sample][wide][a.out_dtype], wanted, device, stream, arguments);
 }
 
 Outcome normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_t size,

@@ -13,15 +13,21 @@ struct Launch {
     int64_t row;
     const int64_t* row_index;  // [1] or null
     int64_t* fault;            // [2]: Status and row of a row that the kernel refused
+    void* scale;               // [batch] of x's type, for the s of each sample that is thresholded;
+                               // null: no row of the table thresholds
     bool aligned;              // set by `run`: accesses of four elements are legal
 };
 
-// A row from its columns; these kernels threshold none.
+// A row from its columns.
 template <class T>
-FASTDIFF_HD Status resolve(const StageArgs& a, const double* columns, Row<T>& row) {
-    const Status status = fastdiff::resolve(a, columns, row);
-    return status == kOk && (row.flags & kThreshold) ? kNoThreshold : status;
+FASTDIFF_HD Status resolve(const Launch& l, const double* columns, Row<T>& row) {
+    const Status status = fastdiff::resolve(l.args, columns, row);
+    if (status == kOk && (row.flags & kThreshold) && l.scale == nullptr) return kNoThreshold;
+    return status;
 }
+
+// The most elements of a sample that is thresholded: they are counted in 32 bits.
+constexpr int64_t kMostToThreshold = 0xFFFFFFFF;
 
 // What went wrong: kOk, or kDeviceError with the CUDA runtime's words.
 struct Outcome {
@@ -29,8 +35,9 @@ struct Outcome {
     const char* reason;
 };
 
-// Runs a stage on device number `device` and a cudaStream_t. The kernel checks the row once more:
-// one that would leave the registers writes nothing, and its status goes to `fault`.
+// Runs a stage on device number `device` and a cudaStream_t: one kernel, after another that fills
+// `scale` where that is given. The kernels check the row once more: one that would leave the
+// registers writes nothing, and its status goes to `fault`.
 Outcome run(Launch launch, int device, void* stream);
 
 // Standard normals [batch, size] as float32 or float64.

@@ -42,13 +42,14 @@ public:
           uintptr_t history, int64_t slots, uintptr_t m, int64_t copies,
           const std::vector<uintptr_t>& extras, uintptr_t seeds, uintptr_t table, int64_t rows,
           int64_t width, int terms, int branches, uintptr_t stage_index, uintptr_t row_index,
-          uintptr_t fault, int device)
+          uintptr_t fault, uintptr_t scale, int device)
         : device_(device) {
         launch_.args = stage_args(state, network, batch, size, x, e, history, slots, m, copies,
                                   extras, seeds, table, rows, width, terms, branches, stage_index);
         launch_.row_index = pointer<const int64_t>(row_index);
         launch_.fault = pointer<int64_t>(fault);
-        if (fault == 0) refuse(kBadLayout, 0, rows);
+        launch_.scale = pointer<void>(scale);
+        if (fault == 0 || (scale == 0 && batch > 0)) refuse(kBadLayout, 0, rows);
         const int64_t real = bytes_of(state), all = product({batch, size, 8});
         add("x", x, all / 8 * real, real, true);
         add("e", e, all / 8 * real, real, true);
@@ -56,6 +57,7 @@ public:
         add("m", m, product({all / 8 * bytes_of(network), copies}), bytes_of(network), true);
         product({all, branches});
         add("fault", fault, 16, 8, true);
+        add("scale", scale, batch * real, real, true);
         for (uintptr_t extra : extras) add("extras", extra, all / 8 * real, real, false);
         add("seeds", seeds, 8 * batch, 8, false);
         add("table", table, product({8, rows, width}), 8, false);
@@ -75,8 +77,10 @@ public:
     // `host` is the host's copy of the table. Raises where a row could never run; keeps of each row
     // what a call must bring. Nothing is kept of a table that is refused.
     void check_table(uintptr_t host) {
-        StageArgs args = launch_.args;
+        cuda::Launch launch = launch_;
+        StageArgs& args = launch.args;
         args.table = pointer<const double>(host);
+        bool thresholds = false;
         std::array<std::vector<Status>, kCalls> statuses;
         std::array<int64_t, kCalls> worst;
         worst.fill(-1);
@@ -85,17 +89,29 @@ public:
             args.out = (call & kWithOut) ? &given : nullptr;
             args.xi = (call & kWithXi) ? &given : nullptr;
             for (int64_t row = 0; row < args.rows; ++row) {
-                Row<double> resolved;
                 // with no elements nothing is touched, and addresses may be null
                 const double* columns = args.table + row * row_width(args);
-                const Status status = states_ == 0 ? kOk : cuda::resolve(args, columns, resolved);
+                Status status = kOk;
+                if (states_ > 0) {
+                    status = args.state == kFloat64
+                                 ? resolved<double>(launch, columns, &thresholds)
+                                 : resolved<float>(launch, columns, &thresholds);
+                }
                 if (status != kOk && call == (kWithOut | kWithXi)) refuse(status, row, args.rows);
                 if (status != kOk && worst[call] < 0) worst[call] = row;
                 statuses[call].push_back(status);
             }
         }
+        if (thresholds && args.size > cuda::kMostToThreshold) {
+            PyErr_Format(PyExc_NotImplementedError,
+                         "stage: a sample with a threshold has less than 2^32 elements; got %lld. "
+                         "Use backend=\"torch\".",
+                         static_cast<long long>(args.size));
+            throw py::error_already_set();
+        }
         statuses_ = std::move(statuses);
         worst_ = worst;
+        thresholds_ = thresholds;
     }
 
     // `out` 0: no network output; `xi` 0: the row draws its own noise.
@@ -104,6 +120,7 @@ public:
         cuda::Launch launch = launch_;
         StageArgs& args = launch.args;
         launch.row = row;
+        if (!thresholds_) launch.scale = nullptr;
         args.out = pointer<const void>(out);
         args.out_stride = out_stride;
         args.xi = pointer<const void>(xi);
@@ -137,6 +154,15 @@ public:
 
 private:
     enum Call : int { kWithOut = 1, kWithXi = 2, kCalls = 4 };
+
+    // The status of a row in the state's type; sets *thresholds where it runs and thresholds.
+    template <class T>
+    static Status resolved(const cuda::Launch& launch, const double* columns, bool* thresholds) {
+        Row<T> row;
+        const Status status = cuda::resolve(launch, columns, row);
+        *thresholds = *thresholds || (status == kOk && (row.flags & kThreshold));
+        return status;
+    }
 
     static int64_t product(std::initializer_list<int64_t> factors) {
         int64_t total = 1;
@@ -172,6 +198,7 @@ private:
     std::vector<Range> ranges_;
     std::array<std::vector<Status>, kCalls> statuses_;  // [what a call brings][row]
     std::array<int64_t, kCalls> worst_{{-1, -1, -1, -1}};
+    bool thresholds_ = false;  // whether a row of the table does
 };
 
 void normal(uintptr_t z, int dtype, uintptr_t seeds, int64_t batch, int64_t size, uint32_t stream,
@@ -206,12 +233,14 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<Stage>(module, "Stage", py::module_local())
         .def(py::init<int, int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
                       uintptr_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, uintptr_t,
-                      int64_t, int64_t, int, int, uintptr_t, uintptr_t, uintptr_t, int>(),
+                      int64_t, int64_t, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                      int>(),
              py::kw_only(), py::arg("state"), py::arg("network"), py::arg("batch"), py::arg("size"),
              py::arg("x"), py::arg("e"), py::arg("history"), py::arg("slots"), py::arg("m"),
              py::arg("copies"), py::arg("extras"), py::arg("seeds"), py::arg("table"),
              py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"),
-             py::arg("stage_index"), py::arg("row_index"), py::arg("fault"), py::arg("device"))
+             py::arg("stage_index"), py::arg("row_index"), py::arg("fault"), py::arg("scale"),
+             py::arg("device"))
         .def("check_table", &Stage::check_table, "check_table(host): the host's copy of the table")
         .def("run", &Stage::run, "run(row, out, out_dtype, out_stride, xi, stream)");
 

@@ -34,6 +34,24 @@ FASTDIFF_HD int64_t row_of(const Launch& l, int64_t b) {
     return static_cast<int64_t>(index);
 }
 
+// Words of shared memory that several threads change.
+FASTDIFF_HD void add(uint32_t& to, uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    atomicAdd(&to, v);
+#else
+    to += v;
+#endif
+}
+template <class Bits>
+FASTDIFF_HD void lower(Bits& to, Bits v) {
+#if defined(__CUDA_ARCH__)
+    using Word = std::conditional_t<sizeof(Bits) == 4, unsigned, unsigned long long>;
+    atomicMin(reinterpret_cast<Word*>(&to), static_cast<Word>(v));
+#else
+    to = v < to ? v : to;
+#endif
+}
+
 // A row in shared memory. Its threads call `fetch`, one of them then `resolve`, with barriers
 // before, between and after.
 template <class T>
@@ -50,7 +68,7 @@ struct Resolved {
     }
     FASTDIFF_HD void resolve(const Launch& l, int64_t index) {
         status = index < 0 || index >= l.args.rows ? kBadRow
-                                                   : cuda::resolve(l.args, columns, row);
+                                                   : cuda::resolve(l, columns, row);
         if (status == kOk) return;
         l.fault[1] = index;
         l.fault[0] = status;
@@ -71,14 +89,15 @@ struct Quad {
     struct V {
         T v[4];
     };
-    static constexpr bool kNoiseFirst = true, kThresholds = false;
+    static constexpr bool kNoiseFirst = true, kThresholds = true;
     const StageArgs& a;
     const Row<T>& row;
     int64_t i;  // its first element in a register
     int64_t o;  // and in the first branch of the output
     int64_t q;  // its counter within the sample
     uint64_t seed;
-    int count;  // elements, 1 to 4
+    const T* s;  // the sample's scale, where the row thresholds
+    int count;   // elements, 1 to 4
 
     template <class E>
     FASTDIFF_HD V read(const E* p) const {
@@ -121,6 +140,12 @@ struct Quad {
         for (int l = 0; l < 4; ++l) r.v[l] = v.v[l] < lo ? lo : v.v[l] > hi ? hi : v.v[l];
         return r;
     }
+    FASTDIFF_HD V divide(const V& v, T by) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = v.v[l] / by;
+        return r;
+    }
+    FASTDIFF_HD T scale() const { return *s; }
     FASTDIFF_HD V x() const { return read(static_cast<const T*>(a.x) + i); }
     FASTDIFF_HD V e() const { return read(static_cast<const T*>(a.e) + i); }
     FASTDIFF_HD V out(int g) const {
@@ -194,28 +219,32 @@ FASTDIFF_HD void each_quad(int64_t samples, int64_t size, int64_t first, int64_t
 
 // Samples that all run `row`: the quads first, first + stride, ...
 template <bool kHasE, bool kWide, class T, class S>
-FASTDIFF_HD void shared_quads(const StageArgs& a, const Row<T>& row, bool joined, int64_t first,
+FASTDIFF_HD void shared_quads(const Launch& launch, const Row<T>& row, bool joined, int64_t first,
                               int64_t stride) {
+    const StageArgs& a = launch.args;
     const int64_t samples = joined ? 1 : a.batch, size = joined ? a.batch * a.size : a.size;
     each_quad(samples, size, first, stride, [&](int64_t b, int64_t q, int count) {
         const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
         const Quad<kWide, T, S> quad{
-            a, row, b * a.size + 4 * q, b * a.out_stride + 4 * q, q, seed, count};
+            a,    row, b * a.size + 4 * q, b * a.out_stride + 4 * q, q,
+            seed, static_cast<const T*>(launch.scale) + b, count};
         update<kHasE>(row, quad);
     });
 }
 
 // One warp's share of sample b: chunk c of its quads.
 template <bool kHasE, bool kWide, class T, class S>
-FASTDIFF_HD void chunk_quads(const StageArgs& a, const Row<T>& row, int64_t b, int64_t c, int lane,
-                             int lanes) {
+FASTDIFF_HD void chunk_quads(const Launch& launch, const Row<T>& row, int64_t b, int64_t c,
+                             int lane, int lanes) {
+    const StageArgs& a = launch.args;
     const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
     const int64_t quads = quads_of(a.size), end = (c + 1) * kChunk;
     for (int64_t q = c * kChunk + lane; q < end && q < quads; q += lanes) {
         reread();
         const int count = a.size - 4 * q < 4 ? static_cast<int>(a.size - 4 * q) : 4;
         const Quad<kWide, T, S> quad{
-            a, row, b * a.size + 4 * q, b * a.out_stride + 4 * q, q, seed, count};
+            a,    row, b * a.size + 4 * q, b * a.out_stride + 4 * q, q,
+            seed, static_cast<const T*>(launch.scale) + b, count};
         update<kHasE>(row, quad);
     }
 }
@@ -226,25 +255,25 @@ FASTDIFF_HD bool wide_samples(const Launch& l) {
     return l.aligned && a.size % 4 == 0 && (a.out == nullptr || a.out_stride % 4 == 0);
 }
 
-// A thread of the launch in which all samples run one row. Without noise a gapless batch is one
-// long sample.
+// A thread of the launch in which all samples run one row. A gapless batch is one long sample where
+// nothing, neither noise nor a scale, tells samples apart.
 template <class T, class S>
 FASTDIFF_HD void shared_thread(const Launch& l, const Row<T>& row, int64_t thread,
                                int64_t threads) {
     const StageArgs& a = l.args;
     const bool gapless = a.out == nullptr || a.out_stride == a.size || a.batch == 1;
-    const bool joined = row.draws == 0 && gapless;
+    const bool joined = row.draws == 0 && !(row.flags & kThreshold) && gapless;
     const bool has_e = row.flags & kWritesE;
     if (wide_samples(l) || (l.aligned && joined && a.batch * a.size % 4 == 0)) {
         if (has_e) {
-            shared_quads<true, true, T, S>(a, row, joined, thread, threads);
+            shared_quads<true, true, T, S>(l, row, joined, thread, threads);
         } else {
-            shared_quads<false, true, T, S>(a, row, joined, thread, threads);
+            shared_quads<false, true, T, S>(l, row, joined, thread, threads);
         }
     } else if (has_e) {
-        shared_quads<true, false, T, S>(a, row, joined, thread, threads);
+        shared_quads<true, false, T, S>(l, row, joined, thread, threads);
     } else {
-        shared_quads<false, false, T, S>(a, row, joined, thread, threads);
+        shared_quads<false, false, T, S>(l, row, joined, thread, threads);
     }
 }
 
@@ -255,16 +284,171 @@ FASTDIFF_HD void sample_lane(const Launch& l, const Row<T>& row, int64_t b, int6
     const bool has_e = row.flags & kWritesE;
     if (wide_samples(l)) {
         if (has_e) {
-            chunk_quads<true, true, T, S>(l.args, row, b, c, lane, lanes);
+            chunk_quads<true, true, T, S>(l, row, b, c, lane, lanes);
         } else {
-            chunk_quads<false, true, T, S>(l.args, row, b, c, lane, lanes);
+            chunk_quads<false, true, T, S>(l, row, b, c, lane, lanes);
         }
     } else if (has_e) {
-        chunk_quads<true, false, T, S>(l.args, row, b, c, lane, lanes);
+        chunk_quads<true, false, T, S>(l, row, b, c, lane, lanes);
     } else {
-        chunk_quads<false, false, T, S>(l.args, row, b, c, lane, lanes);
+        chunk_quads<false, false, T, S>(l, row, b, c, lane, lanes);
     }
 }
+
+// -- thresholds ----------------------------------------------------------------------------------
+
+// Threads of the block that has a sample: as many as a processor has registers for, since there are
+// mostly fewer samples than processors.
+template <class T>
+constexpr int kSelectors = sizeof(T) == 4 ? 1024 : 512;
+
+// Two quads of one sample, formed together so that twice as many loads are under way.
+template <class Q>
+struct Pair {
+    struct V {
+        typename Q::V a, b;
+    };
+    Q a, b;
+
+    FASTDIFF_HD V zero() const { return {a.zero(), b.zero()}; }
+    template <class T>
+    FASTDIFF_HD V fma(T c, const V& v, const V& sum) const {
+        return {a.fma(c, v.a, sum.a), b.fma(c, v.b, sum.b)};
+    }
+    FASTDIFF_HD V x() const { return {a.x(), b.x()}; }
+    FASTDIFF_HD V e() const { return {a.e(), b.e()}; }
+    FASTDIFF_HD V out(int g) const { return {a.out(g), b.out(g)}; }
+};
+
+// The scale of one sample, from exact order statistics of its |h|. Passes over h, formed again in
+// each, settle one digit of the wanted magnitude at a time, the highest first: they count how often
+// those that share the digits so far have each value of the next. In shared memory. The calls are
+//     start; for each pass: clear, count, then sum and choose of every bin; scale
+// with a barrier after each but `start`.
+template <class T>
+struct Selection {
+    using Bits = typename Magnitude<T>::Bits;
+    static constexpr int kRadix = 8, kBins = 1 << kRadix, kGroup = 16;
+    static constexpr int kPasses = (Magnitude<T>::kBits + kRadix - 1) / kRadix;
+
+    // What is known of the magnitude that is looked for.
+    struct Digits {
+        Bits prefix;
+        uint32_t rank;     // its own, among those with that prefix
+        uint32_t sharing;  // how many have it
+    };
+
+    uint32_t counts[kBins * kWarp];  // a copy for each lane: no two of a warp share a bank
+    uint32_t total[kBins];
+    uint32_t group[kBins / kGroup];  // totals of kGroup bins each
+    Bits above[kWarp];               // the least magnitude above that one; a copy for each lane
+    Digits digits[kPasses + 1];      // by passes done
+
+    // The bits below `passes` digits.
+    static FASTDIFF_HD int rest(int passes) {
+        const int bits = Magnitude<T>::kBits - passes * kRadix;
+        return bits > 0 ? bits : 0;
+    }
+
+    FASTDIFF_HD void start(const Row<T>& row, int64_t size, int thread) {
+        if (thread < kWarp) above[thread] = Magnitude<T>::kMost;
+        if (thread == 0) {
+            const Position position(row.quantile, size);
+            digits[0] = {0, static_cast<uint32_t>(position.rank), static_cast<uint32_t>(size)};
+        }
+    }
+
+    FASTDIFF_HD void clear(int thread, int threads) {
+        for (int k = thread; k < kBins * kWarp; k += threads) counts[k] = 0;
+        for (int k = thread; k < kBins / kGroup; k += threads) group[k] = 0;
+    }
+
+    template <bool kWide, class S>
+    FASTDIFF_HD void count(const StageArgs& a, const Row<T>& row, int64_t b, int pass, int thread,
+                           int threads) {
+        const Bits prefix = digits[pass].prefix;
+        const int before = rest(pass), after = rest(pass + 1), lane = thread % kWarp;
+        const Bits mask = (Bits{1} << (before - after)) - 1;
+        Bits least = Magnitude<T>::kMost;
+        using Q = Quad<kWide, T, S>;
+        const auto tally = [&](const typename Q::V& h, int elements) {
+            for (int k = 0; k < 4; ++k) {
+                if (k >= elements) continue;
+                const Bits key = Magnitude<T>::of(h.v[k]), shared = key >> before;
+                if (shared == prefix) {
+                    add(counts[static_cast<int>((key >> after) & mask) * kWarp + lane], 1);
+                } else if (shared > prefix && key < least) {
+                    least = key;
+                }
+            }
+        };
+        const int quads = static_cast<int>(quads_of(a.size));
+        const auto quad = [&](int64_t q) {
+            const int elements = a.size - 4 * q < 4 ? static_cast<int>(a.size - 4 * q) : 4;
+            return Q{a,       row, b * a.size + 4 * q, b * a.out_stride + 4 * q, q, 0,
+                     nullptr, elements};
+        };
+        for (int q = thread; q < quads; q += 2 * threads) {
+            reread();
+            const bool both = q + threads < quads;
+            const Pair<Q> pair{quad(q), quad(both ? q + threads : q)};
+            const typename Pair<Q>::V h = form(row, pair);
+            tally(h.a, pair.a.count);
+            if (both) tally(h.b, pair.b.count);
+        }
+        if (pass == kPasses - 1 && least < Magnitude<T>::kMost) lower(above[lane], least);
+    }
+
+    FASTDIFF_HD void sum(int bin) {
+        uint32_t all = 0;
+        FASTDIFF_ROLLED  // 32 addresses would be kept through all passes
+        for (int k = 0; k < kWarp; k += 8) {
+            for (int j = k; j < k + 8; ++j) all += counts[bin * kWarp + (bin + j) % kWarp];
+        }
+        total[bin] = all;
+        add(group[bin / kGroup], all);
+    }
+
+    // In one bin is the wanted magnitude; in the last pass each of those above it is a magnitude.
+    FASTDIFF_HD void choose(int pass, int bin) {
+        const Digits& from = digits[pass];
+        uint32_t below = 0;
+        for (int k = 0; k < kBins / kGroup; ++k) below += k < bin / kGroup ? group[k] : 0;
+        for (int k = 0; k < kGroup; ++k) {
+            below += k < bin % kGroup ? total[bin - bin % kGroup + k] : 0;
+        }
+        const Bits prefix = from.prefix << (rest(pass) - rest(pass + 1)) | static_cast<Bits>(bin);
+        if (below > from.rank) {
+            if (pass == kPasses - 1 && total[bin] > 0) lower(above[bin % kWarp], prefix);
+        } else if (from.rank - below < total[bin]) {
+            digits[pass + 1] = {prefix, from.rank - below, total[bin]};
+        }
+    }
+
+    FASTDIFF_HD T scale(const Row<T>& row, int64_t size) const {
+        const Digits& found = digits[kPasses];
+        Bits next = found.prefix;
+        if (found.rank + 1 >= found.sharing) {
+            next = above[0];
+            for (int k = 1; k < kWarp; ++k) next = above[k] < next ? above[k] : next;
+        }
+        return scale_of(row, Position(row.quantile, size).weight,
+                        Magnitude<T>::value(found.prefix), Magnitude<T>::value(next));
+    }
+};
+
+// `count`, with accesses of four elements where they are legal.
+template <class T, class S>
+FASTDIFF_HD void count_magnitudes(const Launch& l, const Row<T>& row, int64_t b, int pass,
+                                  int thread, int threads, Selection<T>& selection) {
+    if (wide_samples(l)) {
+        selection.template count<true, S>(l.args, row, b, pass, thread, threads);
+    } else {
+        selection.template count<false, S>(l.args, row, b, pass, thread, threads);
+    }
+}
+
+// -- normals -------------------------------------------------------------------------------------
 
 // A thread of the launch that fills z [batch, size] with normals.
 template <class Z>
@@ -305,8 +489,8 @@ inline Status check_alignment(Launch& l) {
     };
     const int64_t state_bytes = kBytes[a.state], m_bytes = kBytes[a.network];
     const int64_t out_bytes = kBytes[a.out_dtype];
-    if (!multiple(state, state_bytes) || !multiple(m, m_bytes) || !multiple(out, out_bytes) ||
-        !multiple(words, 8)) {
+    if (!multiple(state | low(l.scale), state_bytes) || !multiple(m, m_bytes) ||
+        !multiple(out, out_bytes) || !multiple(words, 8)) {
         return kMisaligned;
     }
     const bool even = a.batch * a.size % 4 == 0;  // slots, copies and branches start aligned

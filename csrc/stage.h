@@ -10,10 +10,14 @@
 
 #include "philox.h"
 
+#include <string.h>
+
+#include <type_traits>
+
 namespace fastdiff {
 
 // Raised whenever the columns, the flags or a signature of the compiled core change.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;
@@ -39,7 +43,7 @@ enum Status : int32_t {
     kBadRow,        // row (+ stage_index[b]) outside the table
     kBadFlags,      // flags column is no combination of the known bits
     kBadThreshold,  // a quantile outside (0, 1], a floor that is not positive, or a clip as well
-    kNoThreshold,   // the row thresholds and the backend has no kernel for it
+    kNoThreshold,   // the row thresholds and nothing was launched to find its scale
     kBadCount,      // draws or n_terms outside the layout
     kBadSlot,       // a history slot outside the ring
     kBadStream,     // a noise stream that is no unsigned 32-bit integer
@@ -213,14 +217,21 @@ FASTDIFF_HD typename IO::V noise_of(const Row<T>& row, const IO& io) {
     return xi;
 }
 
+// What the outputs add to h.
+template <class T, class IO>
+FASTDIFF_HD typename IO::V outputs_of(const Row<T>& row, const IO& io) {
+    typename IO::V h = io.zero();
+    FASTDIFF_ROLLED
+    for (int g = 0; g < row.branches; ++g) h = io.fma(row.k[g], io.out(g), h);
+    return h;
+}
+
 // The h of what `io` stands at, not yet limited. x and e by value: with a reference to either a GPU
 // would keep both in memory.
 template <class T, class IO>
 FASTDIFF_HD typename IO::V form(const Row<T>& row, const IO& io, typename IO::V x,
                                 typename IO::V e) {
-    typename IO::V h = io.zero();
-    FASTDIFF_ROLLED
-    for (int g = 0; g < row.branches; ++g) h = io.fma(row.k[g], io.out(g), h);
+    typename IO::V h = outputs_of(row, io);
     if (row.p != T(0)) {
         if (row.flags & kAtE) {
             h = io.fma(row.p, e, h);
@@ -229,6 +240,15 @@ FASTDIFF_HD typename IO::V form(const Row<T>& row, const IO& io, typename IO::V 
         }
     }
     return h;
+}
+
+// The same, with what it takes of x or e loaded.
+template <class T, class IO>
+FASTDIFF_HD typename IO::V form(const Row<T>& row, const IO& io) {
+    typename IO::V point = io.zero();
+    if (row.p != T(0)) point = (row.flags & kAtE) ? io.e() : io.x();
+    const typename IO::V h = outputs_of(row, io);
+    return row.p != T(0) ? io.fma(row.p, point, h) : h;
 }
 
 // The update of what `io` stands at: one element or a pack of them. Every load precedes every
@@ -292,6 +312,48 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
         }
         io.put_m(io.mul(row.c_in, x));
     }
+}
+
+// -- thresholds ----------------------------------------------------------------------------------
+
+// The magnitude of a T as an integer: these order as magnitudes do, NaN last.
+template <class T>
+struct Magnitude {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    static constexpr int kBits = 8 * sizeof(T) - 1;
+    static constexpr Bits kMost = ~Bits{0} >> 1;  // a NaN
+
+    static FASTDIFF_HD Bits of(T v) {
+        Bits bits;
+        memcpy(&bits, &v, sizeof bits);
+        return bits & kMost;
+    }
+    static FASTDIFF_HD T value(Bits bits) {
+        T v;
+        memcpy(&v, &bits, sizeof v);
+        return v;
+    }
+};
+
+// Where a quantile of n magnitudes lies: `weight` of the way from the one of rank `rank` to the
+// next, the least having rank 0.
+struct Position {
+    int64_t rank;
+    double weight;
+
+    FASTDIFF_HD Position(double quantile, int64_t n) {
+        const double position = quantile * static_cast<double>(n - 1);
+        rank = static_cast<int64_t>(position);
+        weight = position - static_cast<double>(rank);
+    }
+};
+
+// The scale s of a sample from the two; `high` may be anything where `weight` is 0.
+template <class T>
+FASTDIFF_HD T scale_of(const Row<T>& row, double weight, T low, T high) {
+    if (weight == 0) high = low;
+    const double s = low + weight * (static_cast<double>(high) - low);
+    return static_cast<T>(s > row.floor ? s : row.floor);
 }
 
 // -- storage types -------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
 // barriers, memory spaces, the compiled machine code.
 #include "cuda_kernels.h"
 
+#include <memory>
+
 namespace fastdiff::cuda {
 namespace {
 
@@ -41,8 +43,40 @@ void samples(const Launch& l) {
     }
 }
 
+// Each thread of a block does `work` before any of them goes on: what a barrier ends.
+template <class Work>
+void phase(int threads, const Work& work) {
+    for (int k = 0; k < threads; ++k) work((k * 37 + 11) % threads);
+}
+
+template <class T, class S>
+void thresholds(const Launch& l) {
+    constexpr int kBlock = kSelectors<T>, kBins = Selection<T>::kBins;
+    Resolved<T> at;
+    const auto memory = std::make_unique<Selection<T>>();
+    Selection<T>& selection = *memory;
+    for (int64_t b = 0; b < l.args.batch; ++b) {
+        const int64_t index = row_of(l, b);
+        phase(kBlock, [&](int thread) { at.fetch(l, index, thread, kBlock); });
+        at.resolve(l, index);
+        if (at.status != kOk || !(at.row.flags & kThreshold)) continue;
+        memset(static_cast<void*>(&selection), 0xA5, sizeof selection);
+        phase(kBlock, [&](int thread) { selection.start(at.row, l.args.size, thread); });
+        for (int pass = 0; pass < Selection<T>::kPasses; ++pass) {
+            phase(kBlock, [&](int thread) { selection.clear(thread, kBlock); });
+            phase(kBlock, [&](int thread) {
+                count_magnitudes<T, S>(l, at.row, b, pass, thread, kBlock, selection);
+            });
+            phase(kBins, [&](int bin) { selection.sum(bin); });
+            phase(kBins, [&](int bin) { selection.choose(pass, bin); });
+        }
+        static_cast<T*>(l.scale)[b] = selection.scale(at.row, l.args.size);
+    }
+}
+
 template <class T, class S>
 void either(const Launch& l) {
+    if (l.scale != nullptr) thresholds<T, S>(l);
     if (l.args.stage_index == nullptr) {
         shared<T, S>(l);
     } else {

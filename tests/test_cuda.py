@@ -24,7 +24,7 @@ import torch
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, WHY_NOT = noise.cuda_core()
@@ -461,6 +461,203 @@ def test_an_output_may_be_the_input_itself(device):
     assert torch.equal(registers.x.cpu(), 2.5 * torch.arange(12.0).view(3, 4))
 
 
+# -- thresholds ------------------------------------------------------------------------------------
+
+
+def thresholds(quantile: float, floor: float) -> Plan:
+    """A plan of one stage, x' = threshold(out)."""
+    stage = Stage(t=1.0, a_x=0.0, b=(1.0,), threshold=(quantile, floor))
+    return Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
+
+
+def thresholded(
+    name: str, out: torch.Tensor, state: torch.dtype, quantile: float, floor: float
+) -> torch.Tensor:
+    plan = thresholds(quantile, floor)
+    registers = Registers(x=torch.full_like(out, torch.nan, dtype=state))
+    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)(0, out, None)
+    return registers.x.cpu()
+
+
+def assert_same_numbers(got: torch.Tensor, wanted: torch.Tensor, context: object = None) -> None:
+    """Equal to the bit but for NaN, whose bits are not promised."""
+    nan = wanted.isnan()
+    assert torch.equal(got.isnan(), nan), context
+    assert raw(got[~nan]) == raw(wanted[~nan]), context
+
+
+def magnitudes(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Samples [6, n] of all kinds: normal, with ties, of zeros, wide, close, of equal values."""
+    return np.stack(
+        [
+            rng.normal(size=n),
+            rng.integers(-3, 4, n),
+            rng.choice([0.0, -0.0], n),
+            rng.normal(size=n) * 10.0 ** rng.integers(-4, 4, n),
+            rng.choice([-1.0, 1.0], n) * (1 + rng.integers(0, 300, n) * 2.0**-23),
+            np.full(n, -2.5),
+        ]
+    )
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("state", "out_dtype"), list(itertools.product(DTYPES[:2], DTYPES)), ids=lambda d: str(d)[6:]
+)
+def test_a_threshold_is_the_quantile_of_each_sample(device, state, out_dtype):
+    rng = np.random.default_rng(20)
+    for n in (1, 2, 3, 5, 31, 255, 1024, 1025, 5000, 9000):
+        out = torch.from_numpy(magnitudes(rng, n)).to(out_dtype)
+        h = out.to(state)
+        for q, floor in itertools.product((1e-9, 0.5, 0.9, 0.995, 1.0), (1e-3, 1.0, 1e3)):
+            got = thresholded("cuda", out.to(device), state, q, floor)
+            assert raw(got) == raw(thresholded("cpu", out, state, q, floor)), (n, q, floor)
+            s = torch.quantile(h.double().abs(), q, dim=1).clamp(min=floor).to(state)[:, None]
+            wanted = h.clamp(-s, s) / s
+            # s may fall on the other side of a rounding, then the quotient too
+            bound = 2 * torch.finfo(state).eps * (1 + wanted.abs())
+            assert bool(((got - wanted).abs() <= bound).all()), (n, q, floor)
+
+
+@needs_cpu
+@pytest.mark.parametrize("state", DTYPES[:2])
+def test_thresholds_of_samples_that_are_not_finite_are_those_of_cpu(device, state):
+    rng = np.random.default_rng(21)
+    for n, q in itertools.product((1, 2, 5, 1025, 5000), (0.3, 0.9, 1.0)):
+        out = torch.from_numpy(rng.normal(size=(7, n))).float()
+        out[1, 0] = torch.nan
+        out[2, -1] = -torch.inf
+        out[3, n // 2 :] = -torch.nan
+        out[4, : n // 2 + 1] = torch.inf
+        out[5], out[6] = torch.nan, -torch.inf
+        got = thresholded("cuda", out.to(device), state, q, 0.5)
+        assert_same_numbers(got, thresholded("cpu", out, state, q, 0.5), (n, q))
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("state", "out_dtype"), list(itertools.product(DTYPES[:2], DTYPES)), ids=lambda d: str(d)[6:]
+)
+def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
+    device, usable, state, out_dtype
+):
+    rng = np.random.default_rng(22)
+    for case in range(48):
+        size = [1, 3, 16, 200, 1028, 3001, 8200][case % 7]
+        batch, offset, strided = case % 4 + 1, case % 3 // 2, case % 5 < 2
+        layout = Layout(terms=case % 4, branches=case % 2 + 1, extras=case % 3 // 2)
+        rows = [random_row(rng, layout, True, draws=k % 3) for k in range(5)]
+        for row in rows[case % 2 :: 2]:
+            row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
+            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.01, 0.5, 2.0])
+        for row in rows:
+            row[0] = int(row[0]) | EVALUATE
+        registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
+        wide = outputs(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
+        index = torch.from_numpy(rng.permutation(5)[:batch]) if case % 3 else None
+        there = on(device, registers, offset)
+        given = wide.to(device)[:, offset : offset + size]
+        at = int(index is None) * (case % 5)
+        run = backends.get("cuda").bind(
+            there, table_of(*rows), layout, None if index is None else index.to(device)
+        )
+        run(at, given if strided else moved(given, device, offset), None)
+        backends.get("cpu").bind(registers, table_of(*rows), layout, index)(
+            at, wide[:, offset : offset + size], None
+        )
+        run.check()
+        assert_same(there, registers, case)
+
+
+@needs_cpu
+@pytest.mark.parametrize("shape", [(700, 5), (2, 70_001), (1, 1 << 17)])
+def test_thresholds_of_many_small_and_few_large_samples(device, shape):
+    out = torch.from_numpy(np.random.default_rng(23).normal(size=shape)).to(torch.bfloat16)
+    got = thresholded("cuda", out.to(device), torch.float32, 0.995, 0.5)
+    assert raw(got) == raw(thresholded("cpu", out, torch.float32, 0.995, 0.5))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_rows_threshold_where_one_did_when_the_table_was_checked(device, usable, indexed):
+    plan = thresholds(1.0, 1.0)
+    table = torch.tensor(plan.table)
+    none = table.clone()
+    none[0, 0] = EVALUATE + WRITES_X
+    registers = Registers(x=torch.ones(2, 8, device=device))
+    index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
+    run = backends.get("cuda").bind(registers, none, plan.layout, index)
+    twos = torch.full((2, 8), 2.0, device=device)
+    run(0, twos, None)
+    run.check()
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
+    run.table.copy_(table)  # nothing is launched that would find the scales
+    run(0, twos + 1, None)
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
+    with pytest.raises(
+        ValueError, match=r"when it was bound or refreshed; got row 0\. Call run\.re"
+    ):
+        run.check()
+    run.refresh(table)
+    run(0, twos, None)
+    assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
+    run.table[0, plan.layout.columns.index("clip_hi")] = 4.0  # the floor
+    run(0, twos, None)
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 0.5))
+    run.table.copy_(none)
+    run(0, twos, None)
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
+    run.refresh(none)
+    run(0, twos + 1, None)
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 3.0))
+    run.check()
+
+
+def test_a_stage_without_elements_or_evaluation_thresholds_nothing(device):
+    assert thresholded("cuda", torch.ones(3, 0, device=device), torch.float32, 0.9, 0.5).shape == (
+        3,
+        0,
+    )
+    plan = thresholds(0.5, 0.1)
+    table = torch.tensor(plan.table)
+    table[0, 0] = WRITES_X + THRESHOLD
+    table[0, [plan.layout.columns.index(name) for name in ("a_x", "b_0", "k_0")]] = torch.tensor(
+        [0.5, 0.0, 0.0], dtype=torch.float64
+    )
+    registers = Registers(x=torch.full((2, 8), 4.0, device=device))
+    run = backends.get("cuda").bind(registers, table, plan.layout)
+    run(0, None, None)
+    run.check()
+    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
+
+
+def test_a_floor_that_the_state_cannot_hold_is_refused_when_bound(device):
+    plan = thresholds(0.9, 1e99)
+    for state in DTYPES[:2]:
+        registers = Registers(x=torch.ones(2, 8, dtype=state, device=device))
+        if state == torch.float64:
+            backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
+            continue
+        with pytest.raises(ValueError, match="positive floor"):
+            backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
+
+
+def test_samples_too_large_to_count_are_refused(host_core):
+    plan = thresholds(0.9, 1.0)
+    table, none = torch.tensor(plan.table), torch.tensor(ONE_STAGE.table)
+
+    def stage(size: int) -> object:
+        return host_core.Stage(
+            state=0, network=0, batch=1, size=size, x=1 << 40, e=0, history=0, slots=0, m=0,
+            copies=0, extras=[], seeds=0, table=4096, rows=1, width=plan.layout.width,
+            terms=0, branches=1, stage_index=0, row_index=0, fault=8192, scale=16384, device=0,
+        )  # fmt: skip
+
+    stage((1 << 32) - 1).check_table(table.data_ptr())
+    stage(1 << 32).check_table(none.data_ptr())
+    with pytest.raises(NotImplementedError, match=r"2\^32 elements; got 4294967296\."):
+        stage(1 << 32).check_table(table.data_ptr())
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -567,25 +764,6 @@ def test_a_table_that_would_corrupt_memory_is_refused(device, usable, name, valu
     assert torch.equal(run.table.cpu(), good)
 
 
-def test_a_row_with_a_threshold_names_the_backends_that_run_it(device, usable):
-    stage = Stage(t=1.0, b=(1.0,), threshold=(0.9, 1.0))
-    plan = Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
-    registers = Registers(x=torch.ones(2, 8, device=device))
-    message = r"cpu and torch; got row 0.*backend=\"torch\""
-    with pytest.raises(NotImplementedError, match=message):
-        backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
-    table = torch.tensor(plan.table)
-    table[0, 0] = EVALUATE + WRITES_X
-    run = backends.get("cuda").bind(registers, table, plan.layout)
-    with pytest.raises(NotImplementedError, match=message):
-        run.refresh(torch.tensor(plan.table))
-    run.table.copy_(torch.tensor(plan.table))  # the device's own check
-    run(0, torch.ones(2, 8, device=device), None)
-    assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
-    with pytest.raises(NotImplementedError, match=message):
-        run.check()
-
-
 def test_noise_without_seeds_is_refused_before_the_launch(device, usable):
     registers = Registers(
         x=torch.ones(2, 8, device=device), history=torch.ones(NOISY.slots, 2, 8, device=device)
@@ -605,13 +783,15 @@ def test_sizes_that_overflow_are_refused(host_core):
         host_core.Stage(
             state=0, network=0, batch=1 << 40, size=1 << 40, x=4096, e=0, history=0, slots=0, m=0,
             copies=0, extras=[], seeds=0, table=table.data_ptr(), rows=1, width=layout.width,
-            terms=0, branches=1, stage_index=0, row_index=0, fault=4096, device=0,
+            terms=0, branches=1, stage_index=0, row_index=0, fault=4096, scale=4096,
+            device=0,
         )  # fmt: skip
     with pytest.raises(ValueError, match="multiple of its element's size"):
         host_core.Stage(
             state=0, network=0, batch=2, size=4, x=4098, e=0, history=0, slots=0, m=0,
             copies=0, extras=[], seeds=0, table=table.data_ptr(), rows=1, width=layout.width,
-            terms=0, branches=1, stage_index=0, row_index=0, fault=8192, device=0,
+            terms=0, branches=1, stage_index=0, row_index=0, fault=8192, scale=12288,
+            device=0,
         )  # fmt: skip
 
 
@@ -667,7 +847,8 @@ def tool(name: str) -> str | None:
 
 
 # The most registers of a thread, in the architectures built by default: 65,536 a processor, 256
-# threads a block, so four blocks run at once in float32 and two in float64.
+# threads a block, so four blocks run at once in float32 and two in float64. The blocks that find
+# scales have 1,024 and 512 threads, and one of them fits.
 REGISTERS = {"float": 64, "double": 128, "normals": 40}
 
 
@@ -692,15 +873,21 @@ def functions(text: str, start: str) -> dict[str, str]:
 
 
 def test_kernels_spill_nothing_and_leave_room_for_the_blocks_planned(cuobjdump, record_property):
-    kernels = functions(cuobjdump("--dump-resource-usage"), "Function")
-    assert len({name for name in kernels if "stage" in name}) == 16
-    for name, usage in kernels.items():
-        used = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", usage)}
-        kind = "normals" if "normals" in name else "float" if "If" in name else "double"
-        record_property(name, used["REG"])
-        assert used["REG"] <= REGISTERS[kind], (name, used)
-        assert used["STACK"] == 0, (name, used)
-        assert used["LOCAL"] == 0, (name, used)
+    archs = set(re.findall(r"sm_\d+", cuobjdump("--list-elf")))
+    if not archs:
+        pytest.skip("the module holds PTX alone")
+    for arch in archs:
+        usages = cuobjdump("--dump-resource-usage", "--gpu-architecture", arch)
+        kernels = functions(usages, "Function")
+        assert len({name for name in kernels if "stage" in name}) == 16
+        assert len({name for name in kernels if "thresholds" in name}) == 8
+        for name, usage in kernels.items():
+            used = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", usage)}
+            kind = "normals" if "normals" in name else "float" if "If" in name else "double"
+            record_property(f"{arch} {name}", used["REG"])
+            assert used["REG"] <= REGISTERS[kind], (arch, name, used)
+            assert used["STACK"] == 0, (arch, name, used)
+            assert used["LOCAL"] == 0, (arch, name, used)
 
 
 def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory(cuobjdump):
@@ -714,6 +901,12 @@ def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory
     for name, text in stages.items():
         assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), name
         assert re.search(r"\bSTG\.E(\.\w+)*\.128\b", text), name
+    scales = {name: text for name, text in code.items() if "thresholds" in name}
+    assert len(scales) == 8
+    for name, text in scales.items():
+        assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), name
+        assert re.search(r"\bATOMS\.POPC\.INC\b", text), name  # counts, in shared memory
+        assert not re.search(r"\b(ATOM|ATOMG|RED)\.", text), name
     for name, text in code.items():
         assert not re.search(r"\b(LDL|STL)\b", text), name
         assert not re.search(r"\bLD\.E\b|\bST\.E\b", text), name  # address spaces are known
@@ -804,6 +997,53 @@ def test_replay_reads_the_new_table(indexed):
         backends.get("cpu").bind(expected, table, NOISY.layout, index)(row, out, None)
         graph.replay()
         assert_same(there, expected)
+        for a in written(there):
+            a.fill_(torch.nan)
+
+
+@gpu
+@needs_module
+@needs_cpu
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("state", DTYPES[:2])
+def test_a_replay_thresholds_by_the_new_table(state, indexed):
+    rng = np.random.default_rng(24)
+    layout = Layout(terms=1, branches=2)
+    rows = [random_row(rng, layout, with_e=False, draws=k) for k in range(2)]
+    for row in rows:
+        row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
+    registers = random_registers(rng, (3, 20_003), state, layout, m=torch.bfloat16)
+    outs = [outputs(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
+    index = torch.tensor([1, 0, 1]) if indexed else None
+    at = torch.zeros(1, dtype=torch.int64, device=CUDA)
+    there, start, given = on(CUDA, registers), on(CUDA, registers), outs[0].to(CUDA)
+    table = table_of(*rows)
+    table[:, 6:8] = torch.tensor([0.9, 0.5])
+    run = backends.get("cuda").bind(
+        there, table, layout, None if index is None else index.to(CUDA), at
+    )
+    side = torch.cuda.Stream(CUDA)
+    side.wait_stream(torch.cuda.current_stream(CUDA))
+    with torch.cuda.stream(side):
+        run(0, given, None)
+    torch.cuda.current_stream(CUDA).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(0, given, None)
+    for change, pair in enumerate([(0.3, 0.01), (0.995, 0.5), (1.0, 2.0)]):
+        table[:, 6:8] = torch.tensor(pair)
+        table[1, 0] = EVALUATE + WRITES_X + (THRESHOLD if change else 0)
+        run.table.copy_(table)
+        given.copy_(outs[change])
+        row = 0 if indexed else change % 2
+        at.fill_(row)
+        for a, b in zip(written(there), written(start), strict=True):
+            a.copy_(b)
+        expected = on(CPU, start)
+        backends.get("cpu").bind(expected, table, layout, index)(row, outs[change], None)
+        graph.replay()
+        run.check()
+        assert_same(there, expected, change)
         for a in written(there):
             a.fill_(torch.nan)
 

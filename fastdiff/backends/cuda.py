@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA part of the compiled core: one stage is one kernel launch on the current stream.
 
+Where rows threshold it is two: the first finds each sample's scale.
 Everything that does not change between stages is checked and turned into addresses by `bind`; a
 stage is then one call with six integers. Rows are read on the device, from `run.table`: a captured
 graph follows what is written there. Nothing waits for the device but `bind`, `refresh` and `check`.
@@ -62,6 +63,10 @@ class CudaBackend:
             row_index: int64 [1] on the device, likewise, added to `row`: a captured launch runs
                 the row that stands there.
 
+        Where a row of the table thresholds, every stage launches the kernel that finds the scales
+        too. Whether one does is known from the table as it was bound or refreshed: a stage that was
+        launched, or captured, while none did refuses a row that has become such a one since.
+
         Returns:
             `run(row, out, xi)`, which also has: `run.table`, the table on the device, where values
             may be replaced in place (by kernels too; a row that has become illegal then writes
@@ -72,7 +77,8 @@ class CudaBackend:
             ValueError: A register has the wrong shape, device or layout, two overlap, or a row of
                 the table would leave them.
             TypeError: A dtype is wrong.
-            NotImplementedError: The layout is beyond the core, or a row thresholds.
+            NotImplementedError: The layout is beyond the core, or a row thresholds samples of 2^32
+                elements or more.
             RuntimeError: The CUDA part is not built.
         """
         core, why = cuda_core()
@@ -93,16 +99,18 @@ class CudaBackend:
         with torch.inference_mode(False):
             on_device = table if table.is_cuda else table.to(device, copy=True)
             fault = torch.zeros(2, dtype=torch.int64, device=device)
+            scale = torch.empty(registers.x.shape[:1], dtype=registers.x.dtype, device=device)
         stage = core.Stage(
             table=on_device.data_ptr(),
             row_index=address(row_index),
             fault=fault.data_ptr(),
+            scale=scale.data_ptr(),
             device=device.index or 0,
             **arguments,
         )
         on_host = table.cpu()
         stage.check_table(on_host.data_ptr())
-        keep = (registers, on_device, stage_index, row_index, fault)
+        keep = (registers, on_device, stage_index, row_index, fault, scale)
         size = arguments["size"]
         return _runner(core, stage, registers, table, on_device, fault, layout, size, keep)
 
