@@ -173,7 +173,9 @@ def stage_registers(plan: fd.Plan, row: int, weights: Sequence[float] = (1.0,)) 
     pairs = [(f"past_b_{k}", f"past_g_{k}") for k in range(int(value["n_terms"]))]
     pairs += [(f"r_{i}", f"s_{i}") for i in range(layout.extras)]
     reads += sum((writes_x and value[b] != 0.0) or (writes_e and value[g] != 0.0) for b, g in pairs)
-    return reads, int(writes_x) + int(writes_e) + int(value["push"] >= 0)
+    return reads, int(writes_x) + int(writes_e) + int(value["push"] >= 0) + int(
+        value["push_x"] >= 0
+    )
 
 
 def stage_bytes(

@@ -40,7 +40,7 @@ namespace py = pybind11;
             throw py::value_error(message("draws and n_terms fit the layout",
                                           "Bind with the layout that the table was packed for."));
         case kBadSlot:
-            throw py::value_error(message("pushes and terms use slots of the bound history",
+            throw py::value_error(message("pushes and terms use slots of the bound history, each push its own",
                                           "Give Registers.history at least Plan.slots slots."));
         case kBadStream:
             throw py::value_error(message("noise streams are unsigned 32-bit integers",

@@ -140,6 +140,7 @@ struct Launch {
         at.e = a.e == nullptr ? nullptr : static_cast<T*>(a.e) + offset;
         T* history = static_cast<T*>(a.history) + offset;
         at.push = row.push < 0 ? nullptr : history + row.push * sample;
+        at.push_x = row.push_x < 0 ? nullptr : history + row.push_x * sample;
         at.xi = a.xi == nullptr ? nullptr : static_cast<const T*>(a.xi) + offset;
         for (int j = 0; j < row.terms; ++j) at.term[j] = history + row.term[j].source * sample;
         for (int k = 0; k < row.extras; ++k) {

@@ -244,6 +244,7 @@ struct Pack {
     FASTDIFF_INLINE void put_x(const V& v) const { write(at.x, v); }
     FASTDIFF_INLINE void put_e(const V& v) const { write(at.e, v); }
     FASTDIFF_INLINE void put_push(const V& v) const { write(at.push, v); }
+    FASTDIFF_INLINE void put_push_x(const V& v) const { write(at.push_x, v); }
     FASTDIFF_INLINE void put_m(const V& v) const {
         for (int64_t k = 0; k < at.copies; ++k) {
             const int64_t offset = k * at.copy_stride;
@@ -286,6 +287,7 @@ FASTDIFF_INLINE Row<T> plain_row(const Row<T>& row) {
     r.terms = kTerms;
     r.extras = 0;
     r.push = kPush ? 0 : -1;
+    r.push_x = -1;
     r.p = kPoint ? row.p : T(0);
     r.k[0] = row.k[0];
     r.a_x = row.a_x;
@@ -342,7 +344,7 @@ FASTDIFF_INLINE int64_t plain(const Row<T>& row, const Span<T, S>& at, int64_t l
     }
     const int32_t reads = kReadsX | kReadsH | (row.draws == 1 ? kReadsXi : 0);
     if (row.flags != (kEvaluate | kWritesX) || row.x_reads != reads || row.branches != 1 ||
-        row.draws > 1 || row.extras != 0 || row.writes_m) {
+        row.draws > 1 || row.extras != 0 || row.writes_m || row.push_x >= 0) {
         return lo;
     }
     switch (row.terms) {

@@ -169,6 +169,9 @@ struct Quad {
     FASTDIFF_HD void put_push(const V& v) const {
         write(static_cast<T*>(a.history) + (row.push * registers() + i), v);
     }
+    FASTDIFF_HD void put_push_x(const V& v) const {
+        write(static_cast<T*>(a.history) + (row.push_x * registers() + i), v);
+    }
     FASTDIFF_HD void put_m(const V& v) const {
         FASTDIFF_ROLLED
         for (int64_t k = 0; k < a.copies; ++k) {

@@ -17,7 +17,7 @@
 namespace fastdiff {
 
 // Raised whenever the columns, the flags or a signature of the compiled core change.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;
@@ -33,7 +33,7 @@ enum Column : int {
     kFlagsColumn, kPushColumn, kDrawsColumn, kStream1Column, kStream2Column, kPColumn,
     kClipLoColumn, kClipHiColumn, kAxColumn, kAeColumn, kB0Column, kCColumn, kDxColumn,
     kDeColumn, kG0Column, kCeColumn, kXi1Column, kXi2Column, kCInNextColumn, kNTermsColumn,
-    kHeadColumns
+    kPushXColumn, kHeadColumns
 };
 
 constexpr int kMaxTerms = 64, kMaxBranches = 16, kMaxExtras = 16, kMaxDraws = 2;
@@ -93,7 +93,7 @@ struct Term {
 // A table row in the arithmetic type. Lists hold only what is read.
 template <class T>
 struct Row {
-    int32_t flags, push;
+    int32_t flags, push, push_x;
     int32_t x_reads, e_reads;  // Reads of each sum
     bool loads_x, loads_e, loads_xi, writes_m;
     int32_t branches, terms, extras, draws;
@@ -121,6 +121,7 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     const double* extras = weights + a.branches;
     if (!is_index(v[kFlagsColumn], 0, kAllFlags)) return kBadFlags;
     if (!is_index(v[kPushColumn], -1, static_cast<double>(a.slots) - 1)) return kBadSlot;
+    if (!is_index(v[kPushXColumn], -1, static_cast<double>(a.slots) - 1)) return kBadSlot;
     if (!is_index(v[kDrawsColumn], 0, kMaxDraws)) return kBadCount;
     if (!is_index(v[kNTermsColumn], 0, a.terms)) return kBadCount;
     const int32_t flags = static_cast<int32_t>(v[kFlagsColumn]);
@@ -128,6 +129,8 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     row.flags = evaluates ? flags : flags & ~kThreshold;  // without h there is nothing to limit
     const bool writes_e = flags & kWritesE, writes_x = flags & kWritesX;
     row.push = static_cast<int32_t>(v[kPushColumn]);
+    row.push_x = static_cast<int32_t>(v[kPushXColumn]);
+    if (row.push_x >= 0 && row.push_x == row.push) return kBadSlot;
 
     const auto reads = [&](int x_or_d, int e_or_d, int h, int noise) {
         return (v[x_or_d] != 0 ? kReadsX : 0) | (v[e_or_d] != 0 ? kReadsE : 0) |
@@ -252,11 +255,11 @@ FASTDIFF_HD typename IO::V form(const Row<T>& row, const IO& io) {
 }
 
 // The update of what `io` stands at: one element or a pack of them. Every load precedes every
-// store, so x', e', the push and m' may overwrite what the same elements were read from.
+// store but that of push_x, so x', e', the pushes and m' may overwrite what the same elements were read from.
 //
 // IO supplies the value type V; zero(), fma(T, V, V), mul(T, V), clip(V, T, T); loads x(), e(),
 // out(g), term(j), extra(i), xi(), draw(d) (list positions of the row); and stores put_x, put_e,
-// put_push, put_m; kNoiseFirst: whether the noise is made before anything is loaded (where
+// put_push, put_push_x, put_m; kNoiseFirst: whether the noise is made before anything is loaded (where
 // making it takes registers) or when it is added (where it is read); and kThresholds: whether it has
 // scale(), the sample's s, and divide(V, T); rows that threshold run on such alone.
 template <bool kHasE, class T, class IO>
@@ -301,6 +304,7 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
         if (!kHasE || row.extra[i].b != T(0)) x_next = io.fma(row.extra[i].b, extra, x_next);
         if (kHasE && row.extra[i].g != T(0)) e_next = io.fma(row.extra[i].g, extra, e_next);
     }
+    if (row.push_x >= 0) io.put_push_x(io.x());  // again: to keep it would cost registers
     if (row.flags & kWritesX) io.put_x(x_next);
     if (kHasE) io.put_e(e_next);
     if (row.push >= 0) io.put_push(h);
@@ -438,6 +442,7 @@ struct Span {
     T* x;
     T* e;
     T* push;
+    T* push_x;
     void* m;
     int64_t copies, copy_stride;
     int32_t network;  // Dtype of m
@@ -473,6 +478,7 @@ struct Element {
     FASTDIFF_HD void put_x(T v) const { at.x[i] = v; }
     FASTDIFF_HD void put_e(T v) const { at.e[i] = v; }
     FASTDIFF_HD void put_push(T v) const { at.push[i] = v; }
+    FASTDIFF_HD void put_push_x(T v) const { at.push_x[i] = v; }
     FASTDIFF_HD void put_m(T v) const {
         switch (at.network) {
             case kFloat32: put(static_cast<float*>(at.m), v); break;

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 # The compiled core's, in csrc/stage.h: an editable tree keeps an old one until it is rebuilt.
-ABI = 3
+ABI = 4
 
 native: Any = None
 missing: str | None = None

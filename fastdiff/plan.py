@@ -27,16 +27,20 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ._text import unknown
 from .schedules import PREDICTIONS
+
+if TYPE_CHECKING:
+    from .transpose import Transposed
 
 FORMAT = "fastdiff-plan"
 FORMAT_VERSION = 1
@@ -90,6 +94,7 @@ class Layout:
         "xi_2",
         "c_in_next",
         "n_terms",
+        "push_x",
     )
 
     @property
@@ -268,6 +273,16 @@ class Stage:
         return self.a_x != 1.0 or any((self.a_e, self.c, *self.b, *self.r))
 
 
+# Plans of this process by their handles, for those that can hold on to a string alone.
+_living: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
+_serial = itertools.count()
+
+
+def plan_of(handle: str) -> Plan:
+    """The living plan of that `Plan.handle`."""
+    return _living[handle]
+
+
 _SCALARS = tuple(f.name for f in dataclasses.fields(Stage) if f.type == "float")
 _PLAN_FIELDS = ("stages", "times", "solver", "prediction", "variable", "schedule", "prior_scale")
 
@@ -292,6 +307,9 @@ class Plan:
         ValueError: Times do not strictly decrease, a row reads what was never written, or the last
             stage leaves its result in e.
     """
+
+    handle: ClassVar[str]  # this object's own in this process
+    made_for: ClassVar[Any] = None  # the Schedule, where `fastdiff.plan` made it; not saved
 
     stages: tuple[Stage, ...]
     times: tuple[float, ...]
@@ -323,6 +341,11 @@ class Plan:
         put("prior_scale", float(self.prior_scale))
         self._check_times()
         self._check_registers()
+        put("handle", f"plan {next(_serial)}")
+        _living[self.handle] = self
+
+    def __reduce__(self) -> Any:
+        return Plan, tuple(getattr(self, field) for field in _PLAN_FIELDS)
 
     def _check_times(self) -> None:
         times = self.times
@@ -406,6 +429,23 @@ class Plan:
     def slots(self) -> int:
         """History registers a run needs."""
         return self._allocation[0]
+
+    @functools.cached_property
+    def structure(self) -> tuple[Hashable, ...]:
+        """What a captured loop is made for: plans with equal structures differ in numbers alone.
+
+        It holds for every stage whether it evaluates, and where; the registers; and whether rows
+        draw, clip or threshold.
+        """
+        layout, flags = self.layout, self.table[:, 0].astype(int)
+        return (
+            tuple((flags & (EVALUATE + AT_E)).tolist()),
+            (layout.terms, layout.extras, self.slots, self.uses_e),
+            any(stage.c_in != 1.0 for stage in self.stages),
+            int(self.table[:, Layout.HEAD.index("draws")].max()),
+            bool((flags & CLIP).any()),
+            bool((flags & THRESHOLD).any()),
+        )
 
     @functools.cached_property
     def _allocation(self) -> tuple[int, tuple[int, ...], tuple[tuple[tuple[int, int], ...], ...]]:
@@ -493,7 +533,7 @@ class Plan:
             head = (flags, pushes[i], len(draws), streams[0], streams[1], stage.p, lo, hi)
             head += (stage.a_x, stage.a_e, _at(stage.b, 0), stage.c)
             head += (stage.d_x, stage.d_e, _at(stage.g, 0), stage.c_e)
-            head += (xi[0], xi[1], c_in_next, len(reads[i]))
+            head += (xi[0], xi[1], c_in_next, len(reads[i]), -1)
             row = table[i]
             row[: len(head)] = head
             terms = row[layout.term_offset : layout.branch_offset].reshape(-1, 3)
@@ -505,6 +545,12 @@ class Plan:
                 row[layout.extra_offset + 2 * k] = _at(stage.r, k)
                 row[layout.extra_offset + 2 * k + 1] = _at(stage.s, k)
         return table
+
+    def transpose(self) -> Transposed:
+        """The table of the backward pass; see `fastdiff.transpose`."""
+        from .transpose import transpose
+
+        return transpose(self)
 
     # -- in and out ------------------------------------------------------------------------------
 

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """One stage in one pass over memory: the one instruction every sampler compiles to, in Triton.
 
-    h  = clip(sum_g k_g out_g + p point)              point = e if the stage before wrote e, else x
+    h  = sum_g k_g out_g + p point                    point = e if the stage before wrote e, else x
+    h  = clip(h, lo, hi)  or  clip(h, -s, s) / s      where the row says so
     x' = a_x x + a_e e + b_0 h + sum_k b_k H_k + c   xi + sum_i r_i R_i
     e' = d_x x + d_e e + g_0 h + sum_k g_k H_k + c_e xi + sum_i s_i R_i
     m' = c_in (e' if written, else x' if written, else x), cast, once per copy
 
-The arithmetic is that of `csrc/stage.h`: fused multiply-adds in table order, each sum from 0, in
-float32 (float64 for a float64 state); storage types are rounded to nearest even.
+s, each sample's own, is what `threshold.py` wrote just before. The arithmetic is that of
+`csrc/stage.h`: fused multiply-adds in table order, each sum from 0, in float32 (float64 for a
+float64 state); storage types are rounded to nearest even.
 
 A program owns a tile of ROWS samples by COLS elements. Long samples are cut (ROWS = 1), short ones
 share a program (COLS >= n); a batch whose samples need not be told apart is passed as one long
@@ -48,13 +50,15 @@ _XI_1 = tl.constexpr(16)
 _XI_2 = tl.constexpr(17)
 _C_IN_NEXT = tl.constexpr(18)
 _N_TERMS = tl.constexpr(19)
-_HEAD = tl.constexpr(20)
+_PUSH_X = tl.constexpr(20)
+_HEAD = tl.constexpr(21)
 
 _EVALUATE = tl.constexpr(1)
 _AT_E = tl.constexpr(2)
 _WRITES_E = tl.constexpr(4)
 _WRITES_X = tl.constexpr(8)
 _CLIPS = tl.constexpr(16)
+_THRESHOLDS = tl.constexpr(32)
 
 
 @triton.jit
@@ -117,6 +121,45 @@ def _coefficient(p_row, COLUMN: tl.constexpr, used):
 
 
 @triton.jit
+def _row_of(row, p_row_index, p_index, i_b):
+    """The row that sample i_b runs, int64; it may lie outside the table."""
+    i_row = row.to(tl.int64)
+    if p_row_index is not None:
+        i_row += tl.load(p_row_index)
+    if p_index is not None:
+        i_row = i_row + tl.load(p_index + i_b)
+    return i_row
+
+
+@triton.jit
+def _form(p_out, o_out, branch_stride, p_row, p, point, evaluates, m_live, T: tl.constexpr,
+          TERMS: tl.constexpr, BRANCHES: tl.constexpr):  # fmt: skip
+    """sum_g k_g out_g + p point: h before it is limited, of `point`'s shape."""
+    h = tl.zeros_like(point)
+    for g in tl.static_range(BRANCHES):
+        k_g = _coefficient(p_row, _HEAD + 3 * TERMS + g, evaluates)
+        p_branch = p_out + g * branch_stride
+        out = tl.load(p_branch + o_out, mask=_only(m_live, _reads(k_g)), other=0.0)
+        h = _add(k_g, _widen(out, T), h)
+    return _add(p, point, h)
+
+
+@triton.jit
+def _clip(h, lo, hi):
+    """NaN stays."""
+    return tl.where(h < lo, lo, tl.where(h > hi, hi, h))
+
+
+@triton.jit
+def _divide(a, b):
+    """a / b, to nearest."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def _xi(p_row, p_seeds, i_b, i_c, draws, T: tl.constexpr, DRAWS: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The row's own noise, [ROWS, COLS]."""
@@ -146,6 +189,7 @@ def stage_kernel(
     p_table,  # [rows, WIDTH] in the arithmetic type
     p_index,  # int64 [B]: sample b runs row `row + index[b]`; None: all run `row`
     p_row_index,  # int64 [1], added to `row`, or None: a captured launch has its row there
+    p_scale,  # [B] in the arithmetic type, s where a sample's row thresholds; None: none does
     row,
     rows,
     batch,  # B
@@ -159,6 +203,7 @@ def stage_kernel(
     COPIES: tl.constexpr,
     DRAWS: tl.constexpr,  # the most that a row of the table draws
     CLIP: tl.constexpr,  # whether any row clips
+    PUSH_X: tl.constexpr,  # whether any row pushes the x that comes in
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -197,11 +242,7 @@ def stage_kernel(
     o = o_b * n + o_c
 
     # -- the row: scalars where the tile shares it, [ROWS, 1] otherwise ----------------------------
-    i_row = row.to(tl.int64)
-    if p_row_index is not None:
-        i_row += tl.load(p_row_index)
-    if OWN_ROWS:
-        i_row = i_row + tl.load(p_index + i_b)
+    i_row = _row_of(row, p_row_index, p_index, i_b)
     if OWN_ROWS or p_row_index is not None:
         m_row = (i_row >= 0) & (i_row < rows)
         m_live = _only(m_live, m_row)
@@ -235,6 +276,9 @@ def stage_kernel(
         reads_x = reads_x | _reads(p)
     if p_m is not None:
         reads_x = reads_x | (_reads(c_in) & ((flags & (_WRITES_X + _WRITES_E)) == 0))
+    if PUSH_X:
+        push_x = _integer(p_row, _PUSH_X)
+        reads_x = reads_x | (push_x >= 0)
     x = _widen(tl.load(p_x + o, mask=_only(m_live, reads_x), other=0.0), T)
     point = x
     if HAS_E:
@@ -248,17 +292,15 @@ def stage_kernel(
         else:
             out_stride = out_units.to(tl.int64) * OUT_UNIT
             o_out = o_b * out_stride + o_c
-        for g in tl.static_range(BRANCHES):
-            k_g = _coefficient(p_row, _HEAD + 3 * TERMS + g, evaluates)
-            p_branch = p_out + g * (batch * out_stride)
-            out = tl.load(p_branch + o_out, mask=_only(m_live, _reads(k_g)), other=0.0)
-            h = _add(k_g, _widen(out, T), h)
-        h = _add(p, point, h)
+        h = _form(p_out, o_out, batch * out_stride, p_row, p, point, evaluates, m_live, T, TERMS,
+                  BRANCHES)  # fmt: skip
+        if p_scale is not None:
+            thresholds = (flags & (_EVALUATE + _THRESHOLDS)) == _EVALUATE + _THRESHOLDS
+            s = tl.load(p_scale + i_b)
+            h = tl.where(thresholds, _divide(_clip(h, -s, s), s), h)
         if CLIP:
             clips = (flags & (_EVALUATE + _CLIPS)) == _EVALUATE + _CLIPS
-            lo = tl.load(p_row + _CLIP_LO)
-            hi = tl.load(p_row + _CLIP_HI)
-            clipped = tl.where(h < lo, lo, tl.where(h > hi, hi, h))  # NaN stays
+            clipped = _clip(h, tl.load(p_row + _CLIP_LO), tl.load(p_row + _CLIP_HI))
             h = tl.where(clips, clipped, h)
 
     x_next = tl.zeros([ROWS, COLS], T)
@@ -336,6 +378,9 @@ def stage_kernel(
         push = _integer(p_row, _PUSH)
         p_slot = p_history + tl.maximum(push, 0).to(tl.int64) * total
         tl.store(p_slot + o, _narrow(h, S), mask=_only(m_live, push >= 0))
+    if PUSH_X:
+        p_slot = p_history + tl.maximum(push_x, 0).to(tl.int64) * total
+        tl.store(p_slot + o, _narrow(x, S), mask=_only(m_live, push_x >= 0))
     if p_m is not None:
         m = _narrow(c_in * point, p_m.dtype.element_ty)
         for copy in tl.static_range(COPIES):

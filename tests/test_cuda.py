@@ -102,7 +102,7 @@ def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: in
         flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
         row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
     row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = -1
+    row["push"] = row["push_x"] = -1
     if evaluates:
         row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
         row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
@@ -110,6 +110,8 @@ def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: in
         if rng.random() < 0.3:
             flags += CLIP
             row.update(clip_lo=-0.5, clip_hi=0.8)
+    if rng.random() < 0.3:
+        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
     row["draws"] = draws
     for k in range(1, draws + 1):
         row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})

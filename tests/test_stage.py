@@ -58,7 +58,7 @@ def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: in
         flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
         row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
     row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = -1
+    row["push"] = row["push_x"] = -1
     if evaluates:
         row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
         row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
@@ -66,6 +66,8 @@ def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: in
         if rng.random() < 0.3:
             flags += CLIP
             row.update(clip_lo=-0.5, clip_hi=0.8)
+    if rng.random() < 0.3:
+        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
     row["draws"] = draws
     for k in range(1, draws + 1):
         row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
@@ -213,7 +215,8 @@ def formula(registers: Registers, row: np.ndarray, layout: Layout, out, xi) -> S
         e_next = total(("d_x", "d_e", "g_0", "c_e"), "past_g", "s")
     if registers.m is not None and v["c_in_next"]:
         m = Sum([(v["c_in_next"], e_next or x_next or x)])
-    return SimpleNamespace(x=x_next, e=e_next, push=h if v["push"] >= 0 else None, m=m, v=v)
+    pushes = {int(v["push"]): h, int(v["push_x"]): Sum([(1.0, x)]) if v["push_x"] >= 0 else None}
+    return SimpleNamespace(x=x_next, e=e_next, pushes=pushes, m=m, v=v)
 
 
 def poison_unread(registers: Registers, row: np.ndarray, layout: Layout, out) -> None:
@@ -228,7 +231,7 @@ def poison_unread(registers: Registers, row: np.ndarray, layout: Layout, out) ->
     def read(in_x: str, in_e: str) -> bool:
         return bool((by_x and v[in_x]) or (by_e and v[in_e]))
 
-    if not (read("a_x", "d_x") or at_x or m_from_x):
+    if not (read("a_x", "d_x") or at_x or m_from_x or v["push_x"] >= 0):
         registers.x.fill_(torch.nan)
     if registers.e is not None and not (read("a_e", "d_e") or at_e):
         registers.e.fill_(torch.nan)
@@ -281,8 +284,8 @@ def test_a_stage_is_its_rows_formula(name, state, out_dtype, m_dtype):
                 for copy in after.split(batch):
                     assert update.close(copy, state), context
         for slot in range(SLOTS):
-            if wanted.push is not None and slot == int(wanted.v["push"]):
-                assert wanted.push.close(got.history[slot], state), context
+            if wanted.pushes.get(slot) is not None:
+                assert wanted.pushes[slot].close(got.history[slot], state), context
             else:
                 assert same(registers.history[slot], got.history[slot]), context
 
@@ -370,13 +373,14 @@ def test_the_core_rounds_once_a_term_in_table_order(instruction_set):
         shape = (2, [5, 64, 131, 1029][case % 4])
         row = random_row(rng, layout, with_e=True, draws=case % 3)
         row[0] = int(row[0]) | EVALUATE | WRITES_X | WRITES_E
-        row[1] = 0
+        row[1], row[layout.columns.index("push_x")] = 0, 1
         registers = random_registers(rng, shape, torch.float32, layout, with_e=True)
         out = random_output(rng, shape, layout, DTYPES[case % 4])
         got = run_once("cpu", registers, row, layout, out)
         wanted = contract(registers, row, layout, out)
         for tensor, array in zip((got.x, got.e, got.history[0]), wanted, strict=True):
             assert raw(tensor) == array.tobytes(), case
+        assert same(got.history[1], registers.x)
 
 
 @needs_core
@@ -563,7 +567,7 @@ def test_rows_with_a_threshold_run_alike_on_cpu_and_torch(instruction_set, state
         for row in rows[case % 2 :]:  # in every other case a row among them thresholds nothing
             row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | WRITES_E | THRESHOLD
             row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.5, 1.0])
-            row[1] = 5
+            row[1], row[layout.columns.index("push_x")] = 5, 4
         registers = random_registers(rng, (batch, size), state, layout, True, torch.float32)
         poison_unread(registers, rows[-1], layout, torch.zeros(layout.branches * batch, size))
         for tensor in (registers.x, registers.e, registers.history, *registers.extras):

@@ -24,12 +24,13 @@ import fastdiff as fd
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import triton as backend_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 philox = pytest.importorskip("fastdiff.kernels.philox")
 stage_module = pytest.importorskip("fastdiff.kernels.stage")
+threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = backend_module.interpreting()
@@ -109,17 +110,21 @@ SPECIALISATIONS: dict[str, dict] = {
     },
     "bf16 K1 strided out": {"terms": 1, "out": "bf16", "m": "bf16", "stride": 6144},
     "f16 K1": {"terms": 1, "out": "f16", "m": "f16"},
-    "f16 K2 G2": {"terms": 2, "out": "f16", "m": "f16", "branches": 2},
+    "f32 K1 backward": {"terms": 1, "e": True, "m": "f32", "push_x": True},
     "bf16 state K2": {"terms": 2, "state": "bf16", "out": "bf16", "m": "bf16"},
     "f64 K2": {"terms": 2, "state": "f64", "out": "f64"},
     "f64 K3 e noise": {"terms": 3, "state": "f64", "out": "f64", "e": True, "draws": 1},
+    "f32 K2 threshold": {"terms": 2, "threshold": True},
+    "bf16 scale": {"terms": 2, "out": "bf16", "scale": True, "size": 12288},
+    "f64 scale": {"terms": 2, "state": "f64", "out": "f64", "scale": True, "size": 12288},
 }
 ON_EVERY_ARCHITECTURE = (
     *("f32 K0", "f32 K2", "f32 K3 e", "f32 K2 noise", "f32 K2 own rows, short"),
     *("bf16 K1", "bf16 K3 e", "bf16 K2 G2", "bf16 K1 noise", "bf16 K2 own rows, long"),
-    *("f16 K1", "f64 K2"),
+    *("f16 K1", "f64 K2", "f32 K2 threshold", "bf16 scale", "f64 scale"),
 )
-# Registers a thread: 80 leave 24 warps of 64 resident on a multiprocessor, 128 leave 16.
+# Registers a thread: 80 leave 24 warps of 64 resident on a multiprocessor, 128 leave 16. The
+# assembler is told how many the scales' kernel may take.
 MOST_REGISTERS, MOST_REGISTERS_WITH_NOISE = 80, 128
 BYTES = {"f32": 4, "f64": 8, "bf16": 2, "f16": 2}
 
@@ -135,6 +140,9 @@ def compiled(
     extras: int = 0,
     draws: int = 0,
     clip: bool = False,
+    threshold: bool = False,
+    push_x: bool = False,
+    scale: bool = False,
     own: bool = False,
     xi: bool = False,
     captured: bool = False,
@@ -142,17 +150,21 @@ def compiled(
     size: int = 3072,
     stride: int | None = None,
 ):
-    """The kernel that `bind` would launch for such registers, compiled without a GPU."""
+    """The kernel that `bind` would launch for such registers, compiled without a GPU.
+
+    That of the scales where `scale` is true.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    stage_kernel = stage_module.stage_kernel
+    kernel = stage_module.stage_kernel
     arithmetic = "f64" if state == "f64" else "f32"
     block = backend_module.BLOCK[BYTES[arithmetic]]
-    _, _, constants = backend_module.launch_shape(batch, size, stride or size, draws, own, block)
+    apart = own or threshold or scale
+    _, _, constants = backend_module.launch_shape(batch, size, stride or size, draws, apart, block)
     copies = branches if m else 0
     constants |= {"TERMS": terms, "BRANCHES": branches, "EXTRAS": extras, "COPIES": copies}
-    constants |= {"DRAWS": draws, "CLIP": clip}
+    constants |= {"DRAWS": draws, "CLIP": clip, "PUSH_X": push_x}
 
     def pointer(dtype, exists=True):
         return "*" + dtype.replace("f", "fp").replace("bfp", "bf") if exists else None
@@ -169,9 +181,16 @@ def compiled(
         "p_table": pointer(arithmetic),
         "p_index": "*i64" if own else None,
         "p_row_index": "*i64" if captured else None,
+        "p_scale": pointer(arithmetic, threshold),
         **dict.fromkeys(("row", "rows", "batch", "size_units", "out_units"), "i32"),
     }
-    assert [*types, *constants] == stage_kernel.arg_names
+    options = backend_module.OPTIONS
+    if scale:
+        kernel, options = threshold_module.scale_kernel, backend_module.SCALE_OPTIONS
+        _, constants = backend_module.scale_shape(batch, size, BYTES[arithmetic], constants)
+        types |= {"p_scale": pointer(arithmetic), "p_quantiles": "*fp64"}
+        types = {name: types[name] for name in kernel.arg_names if name in types}
+    assert [*types, *constants] == kernel.arg_names
     aligned = [["tt.divisibility", 16]]
     values, attributes = {}, {}
     for i, (name, kind) in enumerate(types.items()):
@@ -183,9 +202,8 @@ def compiled(
             attributes[(i,)] = aligned
     for i, (name, value) in enumerate(constants.items(), start=len(types)):
         types[name], values[(i,)] = "constexpr", value
-    options = {"num_warps": backend_module.WARPS, "enable_fp_fusion": False}
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(ASTSource(stage_kernel, types, values, attributes), target, options)
+    return triton.compile(ASTSource(kernel, types, values, attributes), target, options)
 
 
 def inspected(binary: bytes) -> dict:
@@ -226,7 +244,8 @@ def test_specialisations_do_not_spill_and_move_16_bytes_at_a_time(architecture, 
         # the assembler of older Tritons spills one register there
         allowed = 8 if architecture == 100 and VERSION < (3, 9) else 0
         assert kernel["spilled"] <= allowed, name
-        assert kernel["registers"] <= (MOST_REGISTERS_WITH_NOISE if noisy else MOST_REGISTERS), name
+        most = MOST_REGISTERS_WITH_NOISE if noisy else MOST_REGISTERS
+        assert kernel["registers"] <= most, name
 
         # registers are moved by 16-byte vectors alone; what is shorter belongs to the table's row
         state = asked.get("state", "f32")
@@ -235,15 +254,21 @@ def test_specialisations_do_not_spill_and_move_16_bytes_at_a_time(architecture, 
         def vectors(dtype, elements=elements):
             return elements * BYTES[dtype] // 16
 
+        counts = kernel["instructions"]
+        if asked.get(
+            "scale"
+        ):  # x is read once, though only where p is not 0, and s alone is written
+            assert counts["LDG.E.128"] == vectors(state) + vectors(asked["out"]), name
+            assert sum(n for k, n in counts.items() if k.startswith("STG")) == 1
+            continue
         e, terms = asked.get("e", False), asked["terms"]
         branches = asked.get("branches", 1)
         loads = vectors(state) * (1 + e + terms + asked.get("extras", 0) + asked.get("xi", False))
-        stores = vectors(state) * (1 + e + (terms > 0))
+        stores = vectors(state) * (1 + e + (terms > 0) + asked.get("push_x", False))
         if asked.get("out", "f32"):
             loads += vectors(asked.get("out", "f32")) * branches
         if asked.get("m"):
             stores += vectors(asked["m"]) * branches
-        counts = kernel["instructions"]
         assert counts["LDG.E.128"] == loads, name
         assert {k: n for k, n in counts.items() if k.startswith("STG")} == {"STG.E.128": stores}
 
@@ -312,7 +337,8 @@ def random_row(rng, layout: Layout, with_e: bool, draws: int, clip: bool) -> np.
     row = dict.fromkeys(layout.columns, 0.0)
     evaluates = rng.random() < 0.9
     flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]), push=-1)
+    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
+    row.update(push=-1, push_x=-1)
     if with_e:
         flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
         row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
@@ -323,6 +349,8 @@ def random_row(rng, layout: Layout, with_e: bool, draws: int, clip: bool) -> np.
         if clip:
             flags += CLIP
             row.update(clip_lo=-0.5, clip_hi=0.8)
+    if rng.random() < 0.3:
+        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
     row["draws"] = draws
     for k in range(1, draws + 1):
         row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
@@ -547,6 +575,165 @@ def test_sixteen_bit_numbers_are_read_and_written_as_pytorch_does(device):
             assert bool(m.cpu()[~number].isnan().all())
 
 
+# -- thresholds ------------------------------------------------------------------------------------
+
+
+def thresholds(quantile: float, floor: float, **fields) -> Plan:
+    """A plan of one stage, x' = threshold(out) unless `fields` say otherwise."""
+    stage = Stage(t=1.0, **{"a_x": 0.0, "b": (1.0,), **fields}, threshold=(quantile, floor))
+    return Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
+
+
+def thresholded(name, out, quantile, floor, device="cpu", state=None) -> torch.Tensor:
+    plan = thresholds(quantile, floor)
+    x = torch.full(out.shape, torch.nan, dtype=state or out.dtype, device=device)
+    run = backends.get(name).bind(Registers(x=x), as_table(plan), plan.layout)
+    run(0, out.to(device), None)
+    return x.cpu()
+
+
+def magnitudes_of_all_kinds(rng, n: int, state) -> torch.Tensor:
+    """Samples [8, n] whose order is easy, tied, degenerate; the last three with NaN and inf."""
+    odd = rng.normal(size=(3, n))
+    odd[0, rng.integers(n)] = np.nan
+    odd[1, rng.random(n) < 0.6] = -np.inf
+    odd[2] = np.where(rng.random(n) < 0.5, np.inf, -np.nan)
+    values = [
+        rng.normal(size=n),
+        rng.integers(-3, 4, n),
+        rng.choice([0.0, -0.0], n),
+        rng.normal(size=n) * 10.0 ** rng.integers(-30, 30, n),
+        # neighbours that differ in every bit, the greater once
+        1.0 - (np.arange(n) > 0) * torch.finfo(state).eps / 2,
+        *odd,
+    ]
+    return torch.from_numpy(np.stack(values)).to(state)
+
+
+# floors above and below; the sizes end in, at and past a tile of the scales
+LEVELS = [(1e-7, 1e-3), (0.5, 2.0), (0.9, 1e-3), (0.995, 1.0), (1.0, 1e-3)]
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize(
+    ("state", "size"),
+    [*((F32, n) for n in (1, 2, 3, 31, 255, 1025, 4096, 5000)), *((F64, n) for n in (1, 31, 2049))],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+@CORE
+@FUSES
+def test_a_threshold_gives_the_bits_of_the_compiled_core(device, state, size):
+    out = magnitudes_of_all_kinds(np.random.default_rng(size), size, state)
+    for level in LEVELS:
+        wanted, got = thresholded("cpu", out, *level), thresholded("triton", out, *level, device)
+        number = ~wanted.isnan()
+        assert raw(got[number]) == raw(wanted[number]), level
+        assert bool(got[~number].isnan().all()), level
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("state", [F32, F64], ids=["float32", "float64"])
+def test_a_threshold_is_the_quantile_of_each_sample(device, state):
+    for size, (quantile, floor) in itertools.product((2, 2500), LEVELS[1:4]):
+        out = magnitudes_of_all_kinds(np.random.default_rng(size), size, state)[:5]
+        s = torch.quantile(out.double().abs(), quantile, dim=1).clamp(min=floor).to(state)[:, None]
+        wanted = out.clamp(-s, s) / s
+        got = thresholded("triton", out, quantile, floor, device)
+        # s may fall on the other side of a rounding, then the quotient too
+        bound = 2 * torch.finfo(state).eps * (1 + wanted.abs())
+        assert bool(((got - wanted).abs() <= bound).all()), (size, quantile, floor)
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("state", [BF16, F16], ids=["bfloat16", "float16"])
+@CORE
+def test_a_sixteen_bit_state_is_thresholded_in_float32(device, state):
+    out = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1025))).to(state)
+    wanted = thresholded("cpu", out.float(), 0.9, 0.5).to(state)
+    assert raw(thresholded("triton", out, 0.9, 0.5, device)) == raw(wanted)
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("state", [F32, F64], ids=["float32", "float64"])
+@CORE
+@FUSES
+def test_rows_with_a_threshold_give_the_bits_of_the_compiled_core(device, state):
+    rng = np.random.default_rng(31)
+    for case in range(20 if state == F32 else 5):
+        # 17 samples share a program of the stage where they are short
+        batch, size = [(1, 1100), (3, 200), (17, 6), (2, 48), (3, 1)][case % 5]
+        layout = Layout(terms=case % 4, branches=case % 2 + 1, extras=case % 3 // 2)
+        with_e, draws = case % 4 > 0, case // 2 % 3
+        rows = [random_row(rng, layout, with_e, draws, clip=k == 1) for k in range(4)]
+        for row in rows[2:]:
+            row[0] = int(row[0]) | EVALUATE | WRITES_X | THRESHOLD
+            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.1, 0.5, 1.0])
+            row[1], row[layout.columns.index("push_x")] = 4, 3
+            row[-layout.branches - 2 * layout.extras] = 1.5
+        m = [None, *DTYPES][case % 5]
+        registers = random_registers(rng, (batch, size), state, layout, with_e, m)
+        room = random_output(rng, (batch, size + 16), layout, DTYPES[-case % 4])
+        # contiguous, and strided at addresses that are multiples of 16 bytes and that are not
+        out = [room[:, :size].contiguous(), room[:, :size], room[:, 3 : size + 3]][case % 3]
+        index = torch.from_numpy(rng.permuted(np.arange(batch) % 4)) if case % 5 else None
+        used = rows[3:] if index is None else [rows[i] for i in sorted(set(index.tolist()))]
+        poison_unread(registers, used, layout, out)
+        row = 3 if index is None else 0
+        wanted = after("cpu", registers, rows, layout, out.contiguous(), None, index, row)
+        copies = moved(registers, device)
+        there = room.to(device).as_strided(out.shape, out.stride(), out.storage_offset())
+        if case % 3 == 0:
+            there = out.to(device)
+        run = backends.get("triton").bind(
+            *(copies, torch.from_numpy(np.stack(rows)), layout),
+            None if index is None else index.to(device),
+        )
+        run(row, there, None)
+        assert same(moved(copies, "cpu"), wanted), case
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_the_quantile_is_a_float64_number(device):
+    # at 0.9 the position is 900 exactly; 0.9 in float32 falls short of it
+    out = torch.zeros(1, 1001, device=device)
+    out[:, :101] = 4.0
+    plan, x = thresholds(0.9, 1.0), torch.full_like(out, torch.nan)
+    table = as_table(plan)
+    run = backends.get("triton").bind(Registers(x=x), table, plan.layout)
+    run(0, out, None)
+    assert torch.equal(x, out / 4)
+    assert run.quantiles.tolist() == [0.9]
+    run.quantiles[0] = 0.5  # in place on the device
+    run(0, out, None)
+    assert torch.equal(x, out.clamp(max=1.0))
+    run.table[0, plan.layout.columns.index("clip_hi")] = 2.0
+    run(0, out, None)
+    assert torch.equal(x, out.clamp(max=2.0) / 2)
+    table[0, plan.layout.columns.index("clip_lo")] = 1.0
+    run(0, out, None)
+    assert torch.equal(x, out / 4)
+
+
+@pytest.mark.parametrize("device", HERE)
+def test_only_rows_that_evaluate_and_threshold_are_given_a_scale(device):
+    stages = (
+        Stage(t=1.0, a_x=0.0, b=(1.0,), threshold=(0.5, 1.0)),
+        Stage(t=0.7, a_x=0.0, b=(1.0,)),
+        Stage(t=0.5, a_x=0.5, evaluate=False, threshold=(0.5, 1.0)),
+    )
+    plan = Plan(stages=stages, times=(1.0, 0.7, 0.5, 0.0), variable="x0")
+    for size in (5, 1500):
+        x, out = torch.ones(5, size, device=device), torch.full((5, size), 8.0, device=device)
+        index = torch.tensor([0, 1, 2, 3, -1], device=device)
+        run = backends.get("triton").bind(Registers(x=x), as_table(plan), plan.layout, index)
+        run._scale.fill_(torch.nan)
+        run(0, out, None)
+        assert x.unique(dim=1).tolist() == [[1.0], [8.0], [0.5], [1.0], [1.0]]
+        assert run._scale.isnan().tolist() == [False, True, True, True, True]
+        run(0, None, None)  # none of those that run evaluates
+        assert x.unique(dim=1).tolist() == [[1.0], [8.0], [0.25], [1.0], [1.0]]
+
+
 # -- the error -------------------------------------------------------------------------------------
 
 
@@ -626,6 +813,17 @@ def test_a_guided_plan_gives_the_bits_of_the_compiled_core(device, scale):
     assert raw(results[0]) == raw(results[1])
 
 
+@pytest.mark.parametrize("device", HERE)
+@CORE
+@FUSES
+def test_a_thresholded_plan_gives_the_bits_of_the_compiled_core(device):
+    plan = fd.plan(fd.schedules.VPLinear(), "dpmpp-2m", 3, threshold=(0.9, 0.5))
+    x = fd.noise.prior(plan, (3, 2, 5, 3), seeds=1)
+    wanted = fd.sample(network, x, plan, backend="cpu", dtype=BF16)
+    got = fd.sample(network, x.to(device), plan, backend="triton", dtype=BF16)
+    assert raw(got.cpu()) == raw(wanted)
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 
@@ -639,7 +837,7 @@ def test_columns_and_flags_are_those_of_plans():
         assert getattr(stage_module, f"_{name.upper()}").value == i, name
     assert stage_module._HEAD.value == len(head)
     flags = {"EVALUATE": EVALUATE, "AT_E": AT_E, "WRITES_E": WRITES_E, "WRITES_X": WRITES_X}
-    for name, value in {**flags, "CLIPS": CLIP}.items():
+    for name, value in {**flags, "CLIPS": CLIP, "THRESHOLDS": THRESHOLD}.items():
         assert getattr(stage_module, f"_{name}").value == value, name
 
 
@@ -671,12 +869,16 @@ def test_a_table_that_needs_another_kernel_is_refused(device):
     plan = Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
     x, seeds = torch.ones(1, 8, device=device), torch.ones(1, dtype=torch.int64, device=device)
     run = backends.get("triton").bind(Registers(x=x, seeds=seeds), as_table(plan), plan.layout)
-    for change in ({"noise": ((1, 1.0), (2, 1.0))}, {"clip": (-1.0, 1.0)}):
+    for change in (
+        {"noise": ((1, 1.0), (2, 1.0))},
+        {"clip": (-1.0, 1.0)},
+        {"threshold": (0.9, 1.0)},
+    ):
         other = dataclasses.replace(plan, stages=(dataclasses.replace(stage, **change),))
         with pytest.raises(ValueError, match="Bind it anew"):
             run.refresh(as_table(other))
-    with pytest.raises(ValueError, match=r"float64 \[1, 21\] on the CPU; got .*\[2, 21\]"):
-        run.refresh(torch.zeros(2, 21, dtype=F64))
+    with pytest.raises(ValueError, match=r"float64 \[1, 22\] on the CPU; got .*\[2, 22\]"):
+        run.refresh(torch.zeros(2, 22, dtype=F64))
 
 
 @pytest.mark.parametrize("device", HERE)
@@ -738,35 +940,48 @@ def test_tiles_cover_every_element_once(batch, size, draws, own):
 def test_a_launch_that_does_not_fit_the_grid_is_refused():
     with pytest.raises(ValueError, match="Split the batch"):
         backend_module.launch_shape(2**20, 2**22, 2**22, 1, False, 1024)
+    _, _, constants = backend_module.launch_shape(2**31, 1, 1, 0, True, 1024)
+    with pytest.raises(ValueError, match="Split the batch"):
+        backend_module.scale_shape(2**31, 1, 4, constants)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
-def test_later_launches_pass_what_the_first_passed(monkeypatch):
+@pytest.mark.parametrize("of_scales", [False, True])
+def test_later_launches_pass_what_the_first_passed(monkeypatch, of_scales):
     # a compiled kernel is called with all arguments in order, past the look-up of the first launch
-    names = stage_module.stage_kernel.arg_names
-    launches = []
-
     class Kernel:
+        def __init__(self, kernel):
+            self.names, self.launches = kernel.arg_names, []
+
         def __getitem__(self, grid):
-            def first(*args, num_warps, enable_fp_fusion, **constants):
-                launches.append((grid, dict(zip(names, args, strict=False)) | constants))
+            def first(*args, num_warps, enable_fp_fusion, maxnreg=None, **constants):
+                self.launches.append((grid, dict(zip(self.names, args, strict=False)) | constants))
                 assert not enable_fp_fusion
-                return Binary()
+                return Binary(self)
 
             return first
 
     class Binary:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
         def __getitem__(self, grid):
+            names, launches = self.kernel.names, self.kernel.launches
             return lambda *args: launches.append((grid, dict(zip(names, args, strict=True))))
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     layout = Layout(terms=2, branches=2, extras=1)
     registers = random_registers(np.random.default_rng(0), (3, 20), F32, layout, True, BF16)
     table = torch.zeros(2, layout.width, dtype=F64)
-    table[:, layout.columns.index("push")] = -1
+    table[:, [layout.columns.index(name) for name in ("push", "push_x")]] = -1
+    if of_scales:
+        table[:, 0], table[:, 6:8] = EVALUATE + THRESHOLD, 1.0
     run = backends.get("triton").bind(registers, table, layout)
+    kernels = Kernel(run._kernel), Kernel(run._scale_kernel)
     monkeypatch.setattr(run, "_interpreted", False)
-    monkeypatch.setattr(run, "_kernel", Kernel())
+    monkeypatch.setattr(run, "_kernel", kernels[0])
+    monkeypatch.setattr(run, "_scale_kernel", kernels[1])
+    launches, names = kernels[of_scales].launches, kernels[of_scales].names
     outputs = [torch.zeros(6, 20), torch.zeros(6, 20), torch.zeros(6, 40)[:, :20]]
     for i, out in enumerate((outputs[0], outputs[1], outputs[2], outputs[2])):
         run(i % 2, out, None)
@@ -775,6 +990,7 @@ def test_later_launches_pass_what_the_first_passed(monkeypatch):
         assert arguments["p_out"] is out
         assert arguments["row"] == i % 2
     assert len(launches) == 4
+    assert len(kernels[not of_scales].launches) == 4 * of_scales
     for first, later in (launches[:2], launches[2:]):
         assert first[0] == later[0]
         assert list(first[1]) == list(later[1]) == names
@@ -796,6 +1012,12 @@ def test_more_than_two_to_the_31_elements():
     out = torch.ones(1, size, dtype=BF16, device="cuda")
     backends.get("triton").bind(Registers(x=x), as_table(plan), plan.layout)(0, out, None)
     assert bool((x == 1.5).all())
+    plan = thresholds(1 - 2**-27, 0.5)
+    out[:, -9:] = 8.0  # the highest nine lie past the position
+    out[:, 2**20 : 2**20 + 9] = -4.0
+    backends.get("triton").bind(Registers(x=x), as_table(plan), plan.layout)(0, out, None)
+    assert x[:, -10:].tolist() == [[0.25] + [1.0] * 9]
+    assert bool((x[:, 2**20 : 2**20 + 9] == -1.0).all())
 
 
 @pytest.mark.gpu
@@ -816,6 +1038,35 @@ def test_a_captured_stage_reads_the_table_at_replay():
         run.table[0, plan.layout.columns.index("b_0")] = coefficient
         graph.replay()
         assert bool((x == 1.0 + coefficient).all())
+
+
+@pytest.mark.gpu
+def test_a_captured_threshold_reads_its_levels_at_replay():
+    plan = thresholds(0.5, 1.0)
+    out = torch.randn(4, 3001, device="cuda")
+    x = torch.full_like(out, torch.nan)
+    row = torch.zeros(1, dtype=torch.int64, device="cuda")
+    run = backends.get("triton").bind(Registers(x=x), as_table(plan), plan.layout, None, row)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(0, out, None)  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(0, out, None)
+    for quantile, floor in ((0.5, 0.1), (0.9, 0.1), (0.9, 5.0), (1.0, 5.0)):
+        x.fill_(torch.nan)
+        run._scale.fill_(torch.nan)
+        out.normal_(std=3.0)
+        run.quantiles.fill_(quantile)
+        run.table[0, plan.layout.columns.index("clip_hi")] = floor
+        graph.replay()
+        assert raw(x.cpu()) == raw(thresholded("torch", out.cpu(), quantile, floor))
+    row.fill_(1)
+    x.fill_(2.0)
+    graph.replay()
+    assert bool((x == 2.0).all())
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -857,31 +1108,14 @@ def test_wrong_registers_are_refused_when_bound(change, error, message):
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [
-        (torch.ones(1, 21), TypeError, "table is torch.float64; got torch.float32"),
-        (torch.ones(1, 20, dtype=F64), ValueError, r"table is \[rows, 21\]; got \[1, 20\]"),
-        (torch.ones(1, 21, dtype=F64, device="meta"), ValueError, r"Pass table\.cpu\(\)"),
+        (torch.ones(1, 22), TypeError, "table is torch.float64; got torch.float32"),
+        (torch.ones(1, 20, dtype=F64), ValueError, r"table is \[rows, 22\]; got \[1, 20\]"),
+        (torch.ones(1, 22, dtype=F64, device="meta"), ValueError, r"Pass table\.cpu\(\)"),
     ],
 )
 def test_a_wrong_table_is_refused_when_bound(table, error, message):
     with pytest.raises(error, match=message):
         backends.get("triton").bind(Registers(x=torch.ones(2, 4)), table, PLAN.layout)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
-def test_a_row_with_a_threshold_names_the_backends_that_run_it():
-    table = as_table(Plan(stages=(Stage(t=1.0, b=(1.0,)),), times=(1.0, 0.0)))
-    registers = Registers(x=torch.ones(2, 4))
-    run = backends.get("triton").bind(registers, table, PLAN.layout)
-    stage = Stage(t=1.0, b=(1.0,), threshold=(0.9, 1.0))
-    bad = as_table(Plan(stages=(stage,), times=(1.0, 0.0), variable="x0"))
-    for refused in (
-        lambda: backends.get("triton").bind(registers, bad, PLAN.layout),
-        lambda: run.refresh(bad),
-    ):
-        with pytest.raises(
-            NotImplementedError, match=r"cpu and torch; got row 0.*backend=\"torch\""
-        ):
-            refused()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
@@ -900,6 +1134,13 @@ def test_a_row_with_a_threshold_names_the_backends_that_run_it():
         ({"a_e": 1.0}, r"Registers\.e"),
         ({"flags": WRITES_E}, r"Registers\.e"),
         ({"flags": WRITES_X}, "without an evaluation"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_hi": 1.0}, r"a quantile in \(0, 1\].*row 1"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 1.1, "clip_hi": 1.0}, "a quantile"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_lo": np.nan, "clip_hi": 1.0}, "a quantile"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5}, "positive floor"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1e99}, "floor"),
+        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1e-99}, "floor"),
+        ({"flags": EVALUATE + CLIP + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1.0}, "without a clip"),
     ],
 )
 def test_a_table_that_would_corrupt_memory_is_refused_when_bound(edit, message):

@@ -9,7 +9,7 @@ THRESHOLD flag (quantile and floor in clip_lo and clip_hi) needs of each sample
 before h enters the update, the history or anything else. The quantile lies at position
 quantile (n - 1), in float64, between the exact order statistics of the sample's n magnitudes;
 interpolated linearly in float64 and rounded once to the state's dtype. It depends on that sample
-alone. A backend that does not do this refuses such a table with a NotImplementedError.
+alone.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Backend(Protocol):
         table: torch.Tensor,
         layout: Layout,
         stage_index: torch.Tensor | None = None,
+        row_index: torch.Tensor | None = None,
     ) -> RunStage:
         """Prepares the stage for these registers.
 
@@ -78,6 +79,8 @@ class Backend(Protocol):
                 coefficients may be replaced in place between runs.
             layout: Columns of the table.
             stage_index: int64 [B]: sample b runs row `row + stage_index[b]`. None: all run `row`.
+            row_index: int64 [1], added to `row` for all. Both are read at every call, and lie
+                beside the registers.
 
         Returns:
             `run(row, out, xi)`. `out`: the network's output, [layout.branches * B, ...], branch g

@@ -125,6 +125,14 @@ def stage_arguments(
     }
 
 
+def upload(there: torch.Tensor, here: torch.Tensor) -> None:
+    """Copies from the host without waiting for the device, in the order of the current stream."""
+    if there.is_cuda:
+        # a copy: what the caller does to his own afterwards is not seen
+        here = torch.empty(here.shape, dtype=there.dtype, pin_memory=True).copy_(here)
+    there.copy_(here, non_blocking=True)
+
+
 def wrong_output(out: torch.Tensor, wanted: torch.Size, device: torch.device) -> Exception:
     """The error for a network output that a stage cannot read."""
     if out.dtype not in CODES:

@@ -37,14 +37,19 @@ class CpuBackend:
         table: torch.Tensor,
         layout: Layout,
         stage_index: torch.Tensor | None = None,
+        row_index: torch.Tensor | None = None,
     ) -> RunStage:
         if native is None:
             raise RuntimeError(f"cpu backend: the compiled core is needed; {self.missing()}.")
         arguments = stage_arguments("cpu", registers, table, layout, stage_index)
         check_tensor("cpu", "table", table, torch.float64, tuple(table.shape), registers.x.device)
+        check_tensor("cpu", "row_index", row_index, torch.int64, (1,), registers.x.device)
         stage = native.Stage(table=table.data_ptr(), **arguments)
         size = arguments["size"]
-        return _runner(stage, registers, table, layout.branches, stage_index, size)
+        run = _runner(stage, registers, table, layout.branches, stage_index, size)
+        if row_index is None:
+            return run
+        return lambda row, out, xi: run(row + int(row_index), out, xi)
 
 
 def _runner(

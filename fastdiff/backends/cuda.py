@@ -16,7 +16,15 @@ import torch
 from ..noise import cuda_core
 from ..plan import Layout
 from .base import Registers, RunStage
-from .compiled import CODES, address, check_tensor, refusal, stage_arguments, wrong_output
+from .compiled import (
+    CODES,
+    address,
+    check_tensor,
+    refusal,
+    stage_arguments,
+    upload,
+    wrong_output,
+)
 
 
 class CudaBackend:
@@ -136,6 +144,7 @@ def _runner(
     seen = 0 if watched is None else watched._version
 
     def refresh(new: torch.Tensor) -> None:
+        nonlocal seen
         check_tensor("cuda", "table", new, torch.float64, tuple(on_device.shape), new.device)
         if _capturing():
             raise RuntimeError(
@@ -145,7 +154,9 @@ def _runner(
             )
         on_host = new.cpu()
         stage.check_table(on_host.data_ptr())  # type: ignore[attr-defined]
-        on_device.copy_(on_host)
+        upload(on_device, on_host)
+        if watched is not None and new is watched:
+            seen = watched._version
 
     def check() -> None:
         status, row = fault.tolist()

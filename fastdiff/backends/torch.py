@@ -35,6 +35,7 @@ class TorchBackend:
         table: Tensor,
         layout: Layout,
         stage_index: Tensor | None = None,
+        row_index: Tensor | None = None,
     ) -> RunStage:
         columns = layout.columns
 
@@ -49,6 +50,8 @@ class TorchBackend:
                         f"{registers.x.device}; got {out.dtype}, {tuple(out.shape)} on "
                         f"{out.device}."
                     )
+            if row_index is not None:
+                row += int(row_index)
             if stage_index is None:
                 values = dict(zip(columns, table[row].tolist(), strict=True))
                 stage(registers, values, layout, slice(None), out, xi)
@@ -149,6 +152,8 @@ def stage(
     e_next = update("d_x", "d_e", "g_0", "past_g", "c_e", "s") if flags & WRITES_E else e
     if row["push"] >= 0:
         history[int(row["push"])][samples] = h
+    if row["push_x"] >= 0:
+        history[int(row["push_x"])][samples] = x
     if flags & WRITES_E:
         e.copy_(e_next)
     if flags & WRITES_X:

@@ -2,10 +2,11 @@
 """Triton: one stage in one pass over memory, on NVIDIA GPUs, compiled at its first call.
 
 `bind` checks everything that does not change between stages, uploads the table and fixes the
-launch; a stage is then one launch on the current stream, with no copy, no synchronisation and no
-allocation. Triton is imported by the first `bind`. Under Triton's interpreter (TRITON_INTERPRET=1
-set before triton is imported) the same kernels run on CPU tensors, a hundred times slower, for
-tests; `choose` never picks that.
+launch; a stage is then one launch on the current stream (two where a row of the table thresholds:
+the first finds each sample's scale), with no copy, no synchronisation and no allocation. Triton is
+imported by the first `bind`. Under Triton's interpreter (TRITON_INTERPRET=1 set before triton is
+imported) the same kernels run on CPU tensors, a hundred times slower, for tests; `choose` never
+picks that.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout
 from .base import Registers
+from .compiled import upload
 
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OLDEST = (3, 3)  # the first with tuples of pointers as kernel arguments
@@ -33,6 +35,12 @@ WARPS = 4
 # Elements of a program's tile, at most: 8 a thread, two 16-byte vectors of float32 or one of 16
 # bits; 4 in float64, which takes twice the registers.
 BLOCK = {4: 1024, 8: 512}
+# The kernel of the scales has one program a sample, so it is given more warps and a larger tile;
+# and registers such that two programs fit a multiprocessor.
+SCALE_WARPS = 16
+SCALE_BLOCK = {4: 4096, 8: 2048}
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+SCALE_OPTIONS = {"num_warps": SCALE_WARPS, "enable_fp_fusion": False, "maxnreg": 64}
 _MOST_PROGRAMS = 2**31 - 1
 
 
@@ -86,7 +94,7 @@ class TritonBackend:
 
         Raises:
             RuntimeError: Triton or the driver is missing.
-            NotImplementedError: A dtype or device that is not served, or a row that thresholds.
+            NotImplementedError: A dtype or device that is not served.
             TypeError, ValueError: Registers, table or index contradict each other or the contract.
         """
         missing = self.missing()
@@ -108,10 +116,14 @@ class Run:
     Attributes:
         table: The rows on the device, [rows, width] in the arithmetic type (float32; float64 for a
             float64 state). Kernels read it at every launch, captured ones too: coefficients may be
-            overwritten in place. Coefficients that underflow to 0 in float32 count as 0.
+            overwritten in place; nothing checks what is written. Coefficients that underflow to 0
+            in float32 count as 0.
+        quantiles: float64 [rows] on the device, None where no row thresholds. Those of thresholds
+            are read here, and not in `table`, where their floors are; likewise.
 
     A change made to the CPU table by PyTorch is uploaded at the next call; `refresh` does so at
     once, and for changes that PyTorch does not see. Neither happens inside a replayed graph.
+    A row index outside the table is not reported: its sample is left as it is.
     """
 
     def __init__(
@@ -123,9 +135,11 @@ class Run:
         row_index: torch.Tensor | None,
     ) -> None:
         from ..kernels.stage import stage_kernel
+        from ..kernels.threshold import scale_kernel
 
         x, history, m = registers.x, registers.history, registers.m
         self._kernel: Any = stage_kernel
+        self._scale_kernel: Any = scale_kernel
         self._interpreted = interpreting()
         self._registers, self._layout = registers, layout
         self._stage_index, self._row_index = stage_index, row_index
@@ -138,14 +152,17 @@ class Run:
         self._copies = m.shape[0] // self._batch if m is not None and self._batch else 0
         self._slots = 0 if history is None else history.shape[0]
 
-        self._draws, self._clips = 2, True  # the first table is bounded by nothing
+        # the first table is bounded by nothing
+        self._draws, self._clips, self._thresholds, self._pushes_x = 2, True, True, True
         arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.table = torch.empty(table.shape, dtype=arithmetic, device=x.device)
+        self.quantiles: torch.Tensor | None = None
         self._source = table
         self.refresh(table)
-        rows = self._rows
-        self._draws = int(rows[:, 2].max(initial=0))
-        self._clips = bool((rows[:, 0].astype(int) & CLIP).any())
+        self._draws, self._clips, self._thresholds, self._pushes_x = _needs(self._rows)
+        if self._thresholds:
+            self.quantiles = torch.tensor(self._rows[:, 6], device=x.device)
+            self._scale = torch.ones(self._batch, dtype=arithmetic, device=x.device)
 
     def refresh(self, table: torch.Tensor) -> None:
         """Uploads a table of the same structure over `self.table`.
@@ -154,8 +171,8 @@ class Run:
             table: float64 [rows, width], CPU. It is checked, and read from here on.
 
         Raises:
-            TypeError, ValueError: It is no such table, or its rows draw more noise or clip where
-                those of the bound table do not.
+            TypeError, ValueError: It is no such table, or its rows draw more noise, clip or
+                threshold where those of the bound table do not.
         """
         if table.shape != self.table.shape or table.dtype != torch.float64 or not table.is_cpu:
             raise ValueError(
@@ -164,16 +181,20 @@ class Run:
             )
         rows = table.numpy().copy()
         _check_rows(rows, self._layout, self._slots, self._registers)
-        draws = int(rows[:, 2].max(initial=0))
-        if draws > self._draws or (not self._clips and (rows[:, 0].astype(int) & CLIP).any()):
+        bound = (self._draws, self._clips, self._thresholds, self._pushes_x)
+        if any(new > old for new, old in zip(_needs(rows), bound, strict=True)):
             raise ValueError(
-                f"triton backend: the bound kernel draws {self._draws} times and "
-                f"{'clips' if self._clips else 'does not clip'}; the new table needs more. "
+                f"triton backend: the bound kernel draws {self._draws} times, "
+                f"{'clips' if self._clips else 'does not clip'}, "
+                f"{'thresholds' if self._thresholds else 'does not threshold'} and "
+                f"{'pushes' if self._pushes_x else 'does not push'} x; the new table needs more. "
                 "Bind it anew."
             )
         self._rows = rows
         self._source, self._version = table, _version(table)
-        self.table.copy_(table)
+        upload(self.table, table)
+        if self.quantiles is not None:
+            upload(self.quantiles, table[:, 6])
         # what a row needs of a call; with indices on the device every row may run
         flags = rows[:, 0].astype(int)
         weighs = ((flags & WRITES_X) != 0) & (rows[:, 11] != 0)
@@ -213,9 +234,10 @@ class Run:
         # the stride of samples; a network may return any where there is one sample
         stride = self._size if out is None or out.is_contiguous() else out.stride(0)
         draws = 0 if xi is not None else self._draws
+        thresholds = self._thresholds and out is not None
         grid, numbers, constants = launch_shape(
             *(self._batch, self._size, stride, draws),
-            *(self._stage_index is not None, BLOCK[self.table.element_size()]),
+            *(self._stage_index is not None or thresholds, BLOCK[self.table.element_size()]),
         )
         constants = {
             **constants,
@@ -225,32 +247,59 @@ class Run:
             "COPIES": self._copies,
             "DRAWS": draws,
             "CLIP": self._clips,
+            "PUSH_X": self._pushes_x,
         }
         history = r.history if self._slots else None
         seeds = r.seeds if draws else None
+        indices = (self._stage_index, self._row_index)
         before = (r.x, r.e, history, r.m)
-        between = (r.extras, seeds, self.table, self._stage_index, self._row_index)
+        scale = self._scale if thresholds else None
+        between = (r.extras, seeds, self.table, *indices, scale)
         after = (self.table.shape[0], *numbers)
-        kernel = self._kernel
+        stage = self._launcher(self._kernel, grid, constants, OPTIONS)
+        if not thresholds:
+
+            def launch(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+                stage(*before, out, xi, *between, row, *after)
+
+            return launch
+
+        measured = (self._scale, self.quantiles, r.x, r.e)
+        grid, constants = scale_shape(self._batch, self._size, self.table.element_size(), constants)
+        measure = self._launcher(self._scale_kernel, grid, constants, SCALE_OPTIONS)
+
+        def launch_both(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+            # at rows without a threshold too: a captured launch may meet another table
+            measure(*measured, out, self.table, *indices, row, *after)
+            stage(*before, out, xi, *between, row, *after)
+
+        return launch_both
+
+    def _launcher(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        constants: dict[str, int],
+        options: dict[str, int],
+    ) -> Callable[..., None]:
+        """Launches `kernel` with arguments in its order, without the constants."""
         if self._interpreted:
 
-            def interpret(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+            def interpret(*arguments: Any) -> None:
                 with np.errstate(all="ignore"):
-                    kernel[grid](*before, out, xi, *between, row, *after, **constants)
+                    kernel[grid](*arguments, **constants)
 
             return interpret
 
         compiled: list[Callable[..., Any]] = []
         values = tuple(constants.values())  # in the kernel's order
 
-        def launch(row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+        def launch(*arguments: Any) -> None:
             if compiled:
                 # past Triton's own look-up of the specialisation, which `key` has settled
-                compiled[0](*before, out, xi, *between, row, *after, *values)
+                compiled[0](*arguments, *values)
                 return
-            options = {"num_warps": WARPS, "enable_fp_fusion": False}
-            binary = kernel[grid](*before, out, xi, *between, row, *after, **constants, **options)
-            compiled.append(binary[grid])
+            compiled.append(kernel[grid](*arguments, **constants, **options)[grid])
 
         return launch
 
@@ -310,7 +359,7 @@ class Run:
 
 
 def launch_shape(
-    batch: int, size: int, stride: int, draws: int, own_rows: bool, block: int
+    batch: int, size: int, stride: int, draws: int, apart: bool, block: int
 ) -> tuple[tuple[int, int, int], tuple[int, int, int], dict[str, int]]:
     """How B samples of n elements are cut into programs.
 
@@ -318,7 +367,7 @@ def launch_shape(
         batch, size: B and n, not 0.
         stride: Elements between samples of the network's output.
         draws: Draws of noise made in the kernel.
-        own_rows: Whether each sample has its own row of the table.
+        apart: Whether each sample has its own row of the table, or its own scale.
         block: Elements of a tile, at most; a power of 2.
 
     Returns:
@@ -329,7 +378,7 @@ def launch_shape(
         ValueError: More programs than a grid holds.
     """
     contiguous = stride == size
-    if contiguous and not draws and not own_rows:
+    if contiguous and not draws and not apart:
         batch, size = 1, batch * size  # nothing tells the samples apart
         stride = size
         cols = block
@@ -346,9 +395,35 @@ def launch_shape(
     out_unit = 0 if contiguous else _unit(stride)
     numbers = (batch, size // unit, stride // (out_unit or 1))
     constants = {"UNIT": unit, "OUT_UNIT": out_unit}
-    constants |= dict.fromkeys(("TERMS", "BRANCHES", "EXTRAS", "COPIES", "DRAWS", "CLIP"), 0)
+    constants |= dict.fromkeys(
+        ("TERMS", "BRANCHES", "EXTRAS", "COPIES", "DRAWS", "CLIP", "PUSH_X"), 0
+    )
     constants |= {"ROWS": rows, "COLS": cols}
     return (programs, 1, 1), numbers, constants
+
+
+def scale_shape(
+    batch: int, size: int, bytes_each: int, constants: dict[str, int]
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """The grid and constants of the scales, from the constants of the stage they are for.
+
+    Args:
+        batch, size: B and n, not 0.
+        bytes_each: Of a number in the arithmetic type.
+        constants: From `launch_shape`, completed.
+
+    Raises:
+        ValueError: More samples than a grid holds.
+    """
+    if batch > _MOST_PROGRAMS:
+        raise ValueError(
+            f"triton backend: a launch thresholds at most {_MOST_PROGRAMS} samples; got {batch}. "
+            "Split the batch."
+        )
+    names = ("UNIT", "OUT_UNIT", "TERMS", "BRANCHES", "EXTRAS")
+    fewest = 32 * SCALE_WARPS  # an element a thread
+    cols = max(fewest, min(SCALE_BLOCK[bytes_each], 1 << (size - 1).bit_length()))
+    return (batch, 1, 1), {**{name: constants[name] for name in names}, "COLS": cols}
 
 
 def interpreting() -> bool:
@@ -366,6 +441,19 @@ def _unit(count: int) -> int:
 
 def _version(table: torch.Tensor) -> int:
     return 0 if table.is_inference() else table._version
+
+
+def _thresholds(flags: NDArray[np.int_]) -> NDArray[np.bool_]:
+    return ((flags & EVALUATE) != 0) & ((flags & THRESHOLD) != 0)
+
+
+def _needs(rows: NDArray[np.float64]) -> tuple[int, bool, bool, bool]:
+    """What of the kernel depends on the rows: the most draws; whether any clips; thresholds;
+    pushes x."""
+    flags = rows[:, 0].astype(int)
+    draws = int(rows[:, 2].max(initial=0))
+    pushes_x = bool((rows[:, Layout.HEAD.index("push_x")] >= 0).any())
+    return draws, bool((flags & CLIP).any()), bool(_thresholds(flags).any()), pushes_x
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -469,19 +557,26 @@ def _check_rows(
         return ~((value >= low) & (value <= high) & (value == np.floor(value)))
 
     refuse(outside("flags", 0, 63), "flags are a combination of the known bits", "flags")
-    refuse(outside("push", -1, slots - 1), f"history has {slots} slots", "push")
+    for name in ("push", "push_x"):
+        refuse(outside(name, -1, slots - 1), f"history has {slots} slots", name)
+    both = (columns["push"] >= 0) & (columns["push"] == columns["push_x"])
+    refuse(both, "each push has a slot of its own", "push", "push_x")
     refuse(outside("draws", 0, 2), "draws fit the layout, 0 to 2", "draws")
     refuse(
         outside("n_terms", 0, layout.terms), f"n_terms fit the layout's {layout.terms}", "n_terms"
     )
     flags = columns["flags"].astype(int)
     evaluates, writes_e = (flags & EVALUATE) != 0, (flags & WRITES_E) != 0
-    thresholds = evaluates & ((flags & THRESHOLD) != 0)
-    if thresholds.any():
-        raise NotImplementedError(
-            "triton backend: rows with a threshold run on the backends cpu and torch; got row "
-            f'{int(np.argmax(thresholds))}. Use backend="torch".'
-        )
+    quantile, floor = columns["clip_lo"], columns["clip_hi"]
+    with np.errstate(over="ignore"):  # a floor is positive and finite in the arithmetic type
+        rounded = floor if registers.x.dtype == torch.float64 else floor.astype(np.float32)
+    legal = (quantile > 0) & (quantile <= 1) & (rounded > 0) & (rounded < np.inf)
+    legal &= (flags & CLIP) == 0
+    refuse(
+        _thresholds(flags) & ~legal,
+        "a threshold is a quantile in (0, 1] and a positive floor, without a clip",
+        *("flags", "clip_lo", "clip_hi"),
+    )
     writes_x, at_e = (flags & WRITES_X) != 0, (flags & AT_E) != 0
     for k in range(layout.terms):
         read = writes_x & (columns[f"past_b_{k}"] != 0) | writes_e & (columns[f"past_g_{k}"] != 0)

@@ -187,7 +187,7 @@ class Solver(abc.ABC):
         self._check_start(schedule, times, variable)
         rows = Rows(schedule, prediction, variable, self.clipping, self.thresholding)
         write(rows)
-        return Plan(
+        plan = Plan(
             stages=tuple(rows.stages),
             times=tuple(times.tolist()),
             solver=self.name,
@@ -196,6 +196,8 @@ class Solver(abc.ABC):
             schedule=str(schedule),
             prior_scale=schedule.prior_scale(float(times[0])),
         )
+        object.__setattr__(plan, "made_for", schedule)
+        return plan
 
     def _check_start(self, schedule: Schedule, times: Array, variable: str) -> None:
         if variable == "epsilon" and float(schedule.alpha(times[0])) == 0.0:

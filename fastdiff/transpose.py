@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan transposed: the table of the backward pass, run by the same stages in reverse.
+
+For cotangents x_bar', e_bar' of what a stage leaves, its h owes to later stages
+
+    h_bar_s = sum_{u >= s} (b_{u,u-s} x_bar_{u+1} + g_{u,u-s} e_bar_{u+1})
+
+(u - s counts evaluations), and through the network, point and update
+
+    v_s     = p h_bar_s + c_in sum_g m_bar_g          m_bar_g: VJP with the cotangent q w_g h_bar_s
+    x_bar_s = a_x x_bar_{s+1} + d_x e_bar_{s+1} + (v_s if the evaluation is at x)
+    e_bar_s = a_e x_bar_{s+1} + d_e e_bar_{s+1} + (v_s if the evaluation is at e)
+
+That is a stage again: its x is x_bar, its e is h_bar, its h is v, the network's output is m_bar,
+and the input it makes for the next call is the cotangent q h_bar. The ring holds what later rows
+still read: the x that came in (column push_x) and v (column push). e_bar is no register: it is the
+sum of a few of those, worked out here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
+
+# What a sum may hold besides registers: ("x", s) is x_bar_{s+1}, ("v", s) is v_s.
+Atom = tuple[str, int]
+Sum = dict[Atom, float]
+
+_MOST_TERMS = 64  # of a table row, csrc/stage.h
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """The backward table of a plan; see the module.
+
+    Attributes:
+        plan: The plan.
+        table: float64 [S + 1, width]. Row 0 makes h_bar of the last stage from the cotangent of the
+            result; row i belongs to stage S - i and is run after that stage's VJP.
+        layout: Its columns, for one branch; `pack` makes more.
+        slots: History registers that it needs.
+        extras: For every stage the weights by which read-only registers are owed: (i, weight, slot)
+            adds weight times slot (None: the x_bar that comes in) to the cotangent of register i.
+    """
+
+    plan: Plan
+    table: NDArray[np.float64]
+    layout: Layout
+    slots: int
+    extras: tuple[tuple[tuple[int, float, int | None], ...], ...]
+
+    def pack(self, branches: int) -> NDArray[np.float64]:
+        """The table for G branches, whose m_bar are added: [S + 1, Layout(terms, G).width]."""
+        at = self.layout.branch_offset
+        return np.hstack([self.table[:, :at], np.repeat(self.table[:, at : at + 1], branches, 1)])
+
+    def __str__(self) -> str:
+        names = self.layout.columns
+        lines = [f"{self.plan.solver} transposed  {len(self.table)} rows  {self.slots} slots"]
+        for i, row in enumerate(self.table):
+            shown = (
+                f"{n}={v:.6g}" for n, v in zip(names, row, strict=True) if v not in (0.0, -1.0)
+            )
+            lines.append(f"{i:>3}  " + "  ".join(shown))
+        return "\n".join(lines)
+
+
+def _add(total: Sum, terms: Sum, weight: float) -> None:
+    if weight != 0.0:
+        for atom, value in terms.items():
+            total[atom] = total.get(atom, 0.0) + weight * value
+
+
+class _Sums:
+    """The cotangents of a plan as sums of atoms."""
+
+    def __init__(self, plan: Plan) -> None:
+        stages = plan.stages
+        count = len(stages)
+        self.x: list[Sum] = [{} for _ in stages]  # x_bar_s, over atoms of stages s and later
+        self.h: dict[int, Sum] = {}  # h_bar_s of evaluating stages, over atoms of later ones
+        self.e_next: list[Sum] = [{} for _ in stages]  # e_bar_{s+1}
+        evaluations = [s for s, stage in enumerate(stages) if stage.evaluate]
+        owed: dict[int, Sum] = {s: {} for s in evaluations}
+        e_bar: Sum = {}
+        for s in reversed(range(count)):
+            stage = stages[s]
+            x_next: Sum = {("x", s): 1.0}
+            self.e_next[s] = e_bar
+            place = sum(i <= s for i in evaluations) - 1  # of the last evaluation up to s
+            for weights, terms in ((stage.b, x_next), (stage.g, e_bar)):
+                for j, weight in enumerate(weights):
+                    back = j if stage.evaluate else j - 1
+                    if weight != 0.0:
+                        _add(owed[evaluations[place - back]], terms, weight)
+            if stage.evaluate:
+                self.h[s] = owed[s]
+            at_e = bool(int(plan.table[s, 0]) & AT_E)
+            v: Sum = {("v", s): 1.0} if stage.evaluate else {}
+            x_bar: Sum = {}
+            _add(x_bar, x_next, stage.a_x)
+            _add(x_bar, e_bar, stage.d_x)
+            if not at_e:
+                _add(x_bar, v, 1.0)
+            before: Sum = {}
+            _add(before, x_next, stage.a_e)
+            _add(before, e_bar, stage.d_e)
+            if at_e:
+                _add(before, v, 1.0)
+            self.x[s], e_bar = x_bar, before
+
+
+def transpose(plan: Plan) -> Transposed:
+    """The backward table of a plan.
+
+    Raises:
+        NotImplementedError: A row would read more than 64 earlier cotangents: e is carried on
+            through too many stages (d_e != 0) without being made anew from x.
+    """
+    sums = _Sums(plan)
+    stages, count = plan.stages, len(plan.stages)
+
+    def known_at(s: int, terms: Sum) -> Sum:
+        """A sum over atoms that exist at launch s: x_bar_s itself is not one yet."""
+        total: Sum = {}
+        for atom, weight in terms.items():
+            _add(total, sums.x[s] if atom == ("x", s - 1) else {atom: 1.0}, weight)
+        return total
+
+    # what each launch reads: of stage s, in the order of execution
+    x_rows: dict[int, Sum] = {s: sums.x[s] for s in range(count)}
+    h_rows: dict[int, Sum] = {
+        s: known_at(s, sums.h[s - 1]) for s in range(1, count) if s - 1 in sums.h
+    }
+    owed = {s: _owed_to_extras(plan, sums, s) for s in range(count)}
+    order = list(reversed(range(count)))
+    last: dict[Atom, int] = {}
+    for s in order:
+        # a row drops terms that cancelled
+        x_rows[s] = {a: w for a, w in x_rows[s].items() if w != 0.0}
+        if s in h_rows:
+            h_rows[s] = {a: w for a, w in h_rows[s].items() if w != 0.0}
+        used = [*x_rows[s], *h_rows.get(s, {}), *(atom for _, atom, _ in owed[s])]
+        for atom in used:
+            if atom[1] != s:  # of an earlier launch, that is a later stage
+                last[atom] = s
+    free: list[int] = []
+    slots = 0
+    slot_of: dict[Atom, int] = {}
+    reads, pushes, extras = [], [], []
+    for s in order:
+        past = [a for a in dict.fromkeys((*x_rows[s], *h_rows.get(s, {}))) if a[1] != s]
+        if len(past) > _MOST_TERMS:
+            raise NotImplementedError(
+                f"transpose: a backward row reads at most {_MOST_TERMS} earlier cotangents; stage "
+                f"{s} of {plan.solver} would read {len(past)}. Make e anew from x (d_e = 0) now "
+                'and then, or use gradient="backprop".'
+            )
+        reads.append([(atom, slot_of[atom]) for atom in past])
+        extras.append(tuple((i, weight, slot_of.get(atom)) for i, atom, weight in owed[s]))
+        free += [slot_of[a] for a in reversed(list(slot_of)) if last[a] == s]
+        pushed: dict[str, int] = {}
+        for kind in ("x", "v"):
+            if (kind, s) in last:
+                if not free:
+                    free.append(slots)
+                    slots += 1
+                pushed[kind] = slot_of[kind, s] = free.pop()
+        slot_of = {a: slot for a, slot in slot_of.items() if last[a] != s}
+        pushes.append(pushed)
+    layout = Layout(max(map(len, reads), default=0))
+    at = {name: i for i, name in enumerate(layout.columns)}
+    table = np.zeros((count + 1, layout.width))
+    table[:, [at["push"], at["push_x"]]] = -1
+    table[:, layout.term_offset : layout.branch_offset : 3] = -1
+    end = count - 1
+    first = sums.h.get(end, {})
+    _put(table[0], at, {"d_x": first.get(("x", end), 0.0)})
+    table[0, at["flags"]] = WRITES_E * (end in sums.h)
+    table[0, at["c_in_next"]] = stages[end].q if end in sums.h else 0.0
+    for row, s, read, pushed in zip(table[1:], order, reads, pushes, strict=True):
+        stage, x_row, h_row = stages[s], x_rows[s], h_rows.get(s)
+        flags = WRITES_X + EVALUATE * stage.evaluate + AT_E * stage.evaluate
+        flags += WRITES_E * (h_row is not None)
+        values = {
+            "flags": flags,
+            "push": pushed.get("v", -1),
+            "push_x": pushed.get("x", -1),
+            "p": stage.p if stage.evaluate else 0.0,
+            "a_x": x_row.get(("x", s), 0.0),
+            "b_0": x_row.get(("v", s), 0.0),
+            "n_terms": len(read),
+            "k_0": stage.c_in if stage.evaluate else 0.0,
+        }
+        if h_row is not None:
+            values["d_x"] = h_row.get(("x", s), 0.0)
+            values["g_0"] = h_row.get(("v", s), 0.0)
+            values["c_in_next"] = stages[s - 1].q
+        for k, (atom, slot) in enumerate(read):
+            values[f"slot_{k}"] = slot
+            values[f"past_b_{k}"] = x_row.get(atom, 0.0)
+            values[f"past_g_{k}"] = (h_row or {}).get(atom, 0.0)
+        _put(row, at, values)
+    table.setflags(write=False)
+    return Transposed(plan, table, layout, slots, tuple(reversed(extras)))
+
+
+def _owed_to_extras(plan: Plan, sums: _Sums, s: int) -> list[tuple[int, Atom, float]]:
+    """What stage s owes to the read-only registers: (register, atom, weight)."""
+    owed = []
+    for i in range(plan.extras):
+        terms: Sum = {}
+        stage = plan.stages[s]
+        _add(terms, {("x", s): 1.0}, stage.r[i] if i < len(stage.r) else 0.0)
+        _add(terms, sums.e_next[s], stage.s[i] if i < len(stage.s) else 0.0)
+        owed += [(i, atom, weight) for atom, weight in terms.items()]
+    return owed
+
+
+def _put(row: NDArray[np.float64], at: dict[str, int], values: dict[str, float]) -> None:
+    for name, value in values.items():
+        row[at[name]] = value
