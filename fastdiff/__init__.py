@@ -15,6 +15,9 @@ one fused kernel runs any of them.
 import torch as _torch  # noqa: F401  before the compiled core: one OpenMP runtime
 
 from . import backends, grids, models, noise, schedules, solvers
+from .batcher import Batcher
+from .gradients import AdjointDEIS, Discrete
+from .graphs import Graph
 from .guidance import CFG
 from .plan import Plan, Stage
 from .sampler import Sampler, sample
@@ -24,6 +27,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CFG",
+    "AdjointDEIS",
+    "Batcher",
+    "Discrete",
+    "Graph",
     "Plan",
     "Sampler",
     "Stage",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,13 @@ class CFG:
             raise TypeError(
                 f"CFG: scale is a number, a tensor [B] or a sequence of one a stage; got {scale!r}."
             )
-        if not np.all(np.isfinite(np.asarray(self.scale))):
+        if isinstance(self.scale, torch.Tensor):
+            # a value is not to be looked at while a function is compiled
+            finite = torch.compiler.is_compiling() or bool(torch.isfinite(self.scale).all())
+        else:
+            scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+            finite = all(math.isfinite(s) for s in scales)
+        if not finite:
             raise ValueError(f"CFG: scale is finite; got {scale!r}.")
 
     @property
@@ -81,10 +88,7 @@ class CFG:
         table = plan.pack((1.0, 1.0))
         first = table.shape[1] - 2 * plan.extras - 2
         if isinstance(self.scale, torch.Tensor):
-            if len(self.scale) != batch:
-                raise ValueError(
-                    f"CFG: a scale a sample needs {batch} values; got {len(self.scale)}."
-                )
+            self.check_samples(batch)
             table = np.repeat(table, batch, axis=0)
             scale = np.tile(self.scale.numpy(), stages)
         elif isinstance(self.scale, tuple):
@@ -99,6 +103,18 @@ class CFG:
         table[:, first] *= 1.0 - scale
         table[:, first + 1] *= scale
         return table
+
+    def check_samples(self, batch: int) -> None:
+        """Raises a ValueError unless a scale per sample has `batch` of them."""
+        if isinstance(self.scale, torch.Tensor) and len(self.scale) != batch:
+            raise ValueError(f"CFG: a scale a sample needs {batch} values; got {len(self.scale)}.")
+
+    def padded(self, batch: int) -> CFG:
+        """The same for a batch of at least as many samples; those added are not guided."""
+        if not isinstance(self.scale, torch.Tensor):
+            return self
+        more = self.scale.new_ones(batch - len(self.scale))
+        return CFG(torch.cat([self.scale, more]), self.uncond)
 
     def weights(self, stage: int, x: torch.Tensor) -> tuple[Any, Any]:
         """(uncond, cond) weights at a stage, shaped to multiply samples like x."""

@@ -7,23 +7,38 @@ call of the compiled stage: no tensor is allocated, no coefficient is looked up,
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 
-from . import backends, noise
+from . import backends, noise, reference
 from .backends.base import Registers, RunStage
 from .backends.torch import threshold
+from .gradients import (
+    AdjointDEIS,
+    Discrete,
+    Gradient,
+    differentiable,
+    gradient_of,
+    parameters_of,
+)
+from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, Weights, flatten, rebuild
 from .guidance import CFG, batched, check_batch
-from .plan import AT_E, Plan
+from .plan import AT_E, Layout, Plan
 from .schedules import prediction_name
 
 Network = Callable[..., torch.Tensor]
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], Any]
 Seeds = int | Sequence[int] | torch.Tensor
+
+# A captured stage has room for plans of this many history terms and rows.
+_TERMS, _ROWS = 3, 64
+_KINDS = 1024  # kinds of call that graph="auto" remembers
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,12 +47,21 @@ _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class _Run:
     """Buffers and bound kernels for one shape; reused by every call that has it."""
 
-    key: tuple[Any, ...]
+    key: Hashable
     registers: Registers
+    layout: Layout
+    table: torch.Tensor  # on the CPU; rows of the stages, then that which writes the first m
+    times: torch.Tensor  # [S, copies * B], what the network is told
     inputs: list[torch.Tensor]  # what the network is given at each stage
-    times: list[torch.Tensor]
+    told: list[torch.Tensor]  # times, a view a stage
     stage: RunStage
     stride: int  # rows of the table a stage takes
+    plan: Plan  # whose numbers stand in table and times
+    guidance: CFG | None
+    # where the stages are captured one by one
+    clock: torch.Tensor | None = None  # int64 (stage, row), on the device
+    time: torch.Tensor | None = None  # [1, copies * B]
+    cond: list[torch.Tensor] = field(default_factory=list)  # the capture's own
 
 
 class Sampler:
@@ -51,12 +75,18 @@ class Sampler:
         guidance: `fastdiff.CFG`, or None.
         backend: A name in `fastdiff.backends.names()`; None: the fastest that can serve.
         dtype: Of the network's input. None: that of the network's first floating parameter, or x's.
-        graph: "auto" or None. Graph capture exists on CUDA only.
+        graph: "loop", "stage", "auto", None (eager), or a `fastdiff.Graph`; CUDA tensors only.
+        gradient: None: nothing is tracked, and tensors that require grad are refused. "discrete" or
+            `fastdiff.Discrete`: the exact gradient of what the sampler computes, in the memory of
+            one network evaluation. `fastdiff.AdjointDEIS`: that of the continuous flow.
+            "backprop": autograd through the loop, for comparison. With grad mode off a run is as
+            with None.
+        params: Tensors (or a module) whose gradient is wanted where the network is no nn.Module.
         check: True looks for NaN and infinity in every network output and names the stage; it
             synchronises a GPU.
 
     The state and the history are float32 (float64 for a float64 x), whatever the network's dtype.
-    A sampler is not for two threads at once; make one each.
+    A sampler is not for two threads at once; make one each (they may share the network).
     """
 
     def __init__(
@@ -67,46 +97,30 @@ class Sampler:
         guidance: CFG | None = None,
         backend: str | None = None,
         dtype: torch.dtype | None = None,
-        graph: str | None = "auto",
-        gradient: Any = None,
+        graph: str | Graph | None = "auto",
+        gradient: str | Gradient | None = None,
+        params: Any = None,
         check: bool = False,
     ) -> None:
         if not callable(network):
             raise TypeError(f"sample: network is callable as network(x, t); got {network!r}.")
-        if not isinstance(plan, Plan):
-            raise TypeError(
-                f"sample: plan is a fastdiff.Plan; got {type(plan).__name__}. Make one with "
-                "fastdiff.plan(schedule, solver, steps)."
-            )
-        if guidance is not None and not isinstance(guidance, CFG):
-            raise TypeError(f"sample: guidance is a fastdiff.CFG or None; got {guidance!r}.")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"sample: dtype is a floating torch.dtype; got {dtype!r}.")
-        if graph not in ("auto", None):
-            raise NotImplementedError(
-                f"sample: graph={graph!r} is not available; graph=None and 'auto' run eagerly."
-            )
-        if gradient is not None:
-            raise NotImplementedError(
-                f"sample: gradient={gradient!r} is not available; gradient=None samples without "
-                "tracking."
-            )
+        parameters_of(None, params)
         if backend is not None:
             backends.get(backend)
-        predicts = getattr(network, "prediction", None)
-        if isinstance(predicts, str) and prediction_name(predicts) != plan.prediction:
-            raise ValueError(
-                f"sample: the network says that it predicts {predicts!r}, and the plan was made "
-                f"for {plan.prediction!r}. Make it with prediction={predicts!r}."
-            )
         self._network = network
-        self._plan = plan
-        self._guidance = guidance
         self._backend = backend
         self._dtype = dtype
+        self._graph = graph_of(graph)
+        self._gradient = gradient_of(gradient)
+        self._params = params
         self._check = check
         self._run: _Run | None = None
-        self._plain = all(stage.evaluate for stage in plan.stages)
+        self._captures: dict[torch.device, Captures] = {}
+        self._serving: dict[Hashable, str] = {}  # backends, by dtypes and device
+        self._met: OrderedDict[Hashable, None] = OrderedDict()  # kinds of call, for graph="auto"
+        self._set(plan, guidance)
 
     @property
     def network(self) -> Network:
@@ -115,13 +129,81 @@ class Sampler:
 
     @property
     def plan(self) -> Plan:
-        """The plan. Another plan takes another sampler."""
+        """The plan; see `set_plan`."""
         return self._plan
 
     @property
     def guidance(self) -> CFG | None:
         """The guidance. Its weights stand in the sampler's copy of the table."""
         return self._guidance
+
+    def set_plan(self, plan: Plan, guidance: CFG | str | None = "same") -> None:
+        """Samples by another plan from the next call on.
+
+        Buffers and captured loops go on serving every plan of the same `Plan.structure` (with
+        graph="stage": any plan): only their tables are overwritten, without a new capture.
+
+        Args:
+            plan: The plan.
+            guidance: "same" keeps it; else as in the constructor.
+        """
+        self._set(plan, self._guidance if guidance == "same" else guidance)
+
+    def _set(self, plan: Plan, guidance: Any) -> None:
+        if not isinstance(plan, Plan):
+            raise TypeError(
+                f"sample: plan is a fastdiff.Plan; got {type(plan).__name__}. Make one with "
+                "fastdiff.plan(schedule, solver, steps)."
+            )
+        if guidance is not None and not isinstance(guidance, CFG):
+            raise TypeError(f"sample: guidance is a fastdiff.CFG or None; got {guidance!r}.")
+        predicts = getattr(self._network, "prediction", None)
+        if isinstance(predicts, str) and prediction_name(predicts) != plan.prediction:
+            raise ValueError(
+                f"sample: the network says that it predicts {predicts!r}, and the plan was made "
+                f"for {plan.prediction!r}. Make it with prediction={predicts!r}."
+            )
+        self._plan, self._guidance = plan, guidance
+        self._plain = all(stage.evaluate for stage in plan.stages)
+
+    def stats(self) -> Stats:
+        """Counts of captures, replays and evictions, and the memory that captures hold.
+
+        Nothing here waits for a device.
+        """
+        each = [captures.stats() for captures in self._captures.values()]
+        return Stats(*(sum(values) for values in zip(*map(astuple, each), strict=True)))
+
+    def release(self) -> None:
+        """Gives up buffers, captures and their memory; the next call makes them anew.
+
+        Needed where something changed that a captured graph cannot see: a tensor replaced in a
+        closure or an attribute of the network that is no module.
+        """
+        self._run = None
+        self._met.clear()
+        for captures in self._captures.values():
+            captures.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sampler:
+        """A sampler of its own on a copy of the network, without captures."""
+        return Sampler(
+            copy.deepcopy(self._network, memo),
+            self._plan,
+            guidance=self._guidance,
+            backend=self._backend,
+            dtype=self._dtype,
+            graph=self._graph,
+            gradient=self._gradient,
+            params=self._params,
+            check=self._check,
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Sampler: buffers and captured graphs belong to one process. Send plan.to_json() and "
+            "the network's weights, and make a Sampler there."
+        )
 
     def __call__(
         self,
@@ -158,32 +240,60 @@ class Sampler:
         Raises:
             TypeError, ValueError: Before the first network call, for the arguments; at a stage,
                 named, for what the network returns. x is untouched.
+            RuntimeError: The network cannot be captured: which rule it broke.
         """
-        plan = self._plan
+        if torch.compiler.is_compiling():
+            given = (x, cond, seed, xi, extras, callback, progress or self._check, out)
+            return _traced(self._network, self._plan, self._guidance, self._dtype, *given)
         self._check_arguments(x, cond, out)
+        if self._guidance is not None:
+            self._guidance.check_samples(x.shape[0])
+        if len(extras) != self._plan.extras:
+            raise ValueError(
+                f"sample: the plan reads {self._plan.extras} extra input registers; got "
+                f"{len(extras)}. Give them as extras=(...)."
+            )
+        if self._gradient is not None and torch.is_grad_enabled():
+            looked = self._check or callback is not None or progress or out is not None
+            return self._differentiable(x, cond, seed, xi, extras, looked)
+        watched = self._check or callback is not None or xi is not None or progress
+        mode = self._mode(x.device, watched)
         with torch.no_grad():
             if x.shape[0] == 0:
                 return x.detach().clone() if out is None else out.copy_(x)
-            run = self._prepare(x, len(extras))
-            self._fill(run, x, seed, xi, extras)
-            arguments, keywords = self._conditioning(cond, x.shape[0])
-            steps: Iterable[int] = range(len(plan.stages))
-            if progress:
-                steps = _bar(steps)
-            if self._check or callback is not None or xi is not None or not self._plain:
-                self._observed(run, steps, arguments, keywords, xi, callback)
-            else:
-                network, stage, stride = self._network, run.stage, run.stride
-                inputs, times = run.inputs, run.times
-                for i in steps:
-                    output = network(inputs[i], times[i], *arguments, **keywords)
-                    try:
-                        stage(i * stride, output, None)
-                    except (TypeError, ValueError, AttributeError) as error:
-                        raise self._bad_output(i, output, inputs[i], error) from None
+            cond = self._conditioning(cond, x.shape[0])
+            run = None if mode is None else self._graphed(mode, x, cond, seed, extras)
+            if run is None:
+                run = self._eager(x)
+                self._fill(run, x, seed, xi, extras)
+                self._first_input(run)
+                steps: Iterable[int] = range(len(self._plan.stages))
+                if progress:
+                    steps = _bar(steps)
+                if watched or not self._plain:
+                    self._observed(run, steps, *arguments_of(cond), xi, callback)
+                else:
+                    self._loop(run, steps, *arguments_of(cond))
             if out is None:
                 out = torch.empty_like(x, memory_format=torch.contiguous_format)
-            return out.copy_(run.registers.x)
+            return out.copy_(run.registers.x[: x.shape[0]])
+
+    def _loop(
+        self,
+        run: _Run,
+        steps: Iterable[int],
+        arguments: tuple[Any, ...],
+        keywords: Mapping[str, Any],
+    ) -> None:
+        """The loop where every stage evaluates."""
+        network, stage, stride = self._network, run.stage, run.stride
+        inputs, times = run.inputs, run.told
+        for i in steps:
+            output = network(inputs[i], times[i], *arguments, **keywords)
+            try:
+                stage(i * stride, output, None)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise self._bad_output(i, output, inputs[i], error) from None
 
     def _observed(
         self,
@@ -201,7 +311,7 @@ class Sampler:
             if stage.evaluate:
                 given = run.inputs[i]
                 version = given._version if not given.is_inference() else 0
-                output = self._network(given, run.times[i], *arguments, **keywords)
+                output = self._network(given, run.told[i], *arguments, **keywords)
                 if self._check:
                     self._check_values(i, output, given, version)
                 if callback is not None:
@@ -232,6 +342,59 @@ class Sampler:
             x0 = threshold(x0, *stage.threshold)
         return point, x0
 
+    def _differentiable(
+        self,
+        x: torch.Tensor,
+        cond: Any,
+        seed: Seeds | None,
+        xi: Any,
+        extras: Sequence[torch.Tensor],
+        looked: bool,
+    ) -> torch.Tensor:
+        """A run that autograd can differentiate."""
+        if looked:
+            raise ValueError(
+                f"sample: a run with gradient={self._gradient!r} takes no callback=, progress=, "
+                "check= or out=. Leave them out, or sample under torch.no_grad()."
+            )
+        if self._graph is not None and self._graph.mode != "auto":
+            raise NotImplementedError(
+                f"sample: gradients are not captured; got graph={self._graph.mode!r} and "
+                f"gradient={self._gradient!r}. Use graph=None."
+            )
+        if xi is not None and any(z.requires_grad for z in xi):
+            raise ValueError(
+                "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
+                "Detach it."
+            )
+        if self._plan.stochastic and seed is None and xi is None:
+            raise ValueError(
+                f"sample: {self._plan.solver} draws noise. Give seed= (an integer, or one a "
+                "sample): the backward pass may have to draw it again."
+            )
+        if x.shape[0] == 0:
+            return x.clone()
+        if self._gradient == "backprop":
+            return reference.sample(
+                *(self._network, x, reference.constants(self._plan), cond, self._guidance),
+                *(seed, xi, extras, self._kind(x)[1], reference.normal),
+            )
+        assert isinstance(self._gradient, Discrete | AdjointDEIS)
+        if xi is not None:
+            raise NotImplementedError(
+                "sample: the backward pass draws noise again from seed=; got xi=. Give seed=, or "
+                'gradient="backprop".'
+            )
+        start = x.detach()
+        seeds = None if seed is None else noise.seeds_tensor(seed, x.shape[0])
+
+        def fill(run: _Run) -> None:
+            self._fill(run, start, seeds, None, extras)
+
+        params = parameters_of(self._network, self._params)
+        combined = self._conditioning(cond, x.shape[0])
+        return differentiable(self, self._gradient, params, x, combined, extras, fill)
+
     # -- before the loop -------------------------------------------------------------------------
 
     def _check_arguments(self, x: torch.Tensor, cond: Any, out: torch.Tensor | None) -> None:
@@ -251,67 +414,104 @@ class Sampler:
         if self._check and not bool(torch.isfinite(x).all()):
             raise ValueError("sample: x is finite; got NaN or infinity in it.")
         check_batch(cond, x.shape[0])
-        if torch.is_grad_enabled():
+        if self._gradient is not None and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"sample: nothing can be differentiated in inference mode; got "
+                f"gradient={self._gradient!r} there. Leave torch.inference_mode(), or use "
+                "torch.no_grad() to sample without a gradient."
+            )
+        if self._gradient is None and torch.is_grad_enabled():
             tracked = ["x"] if x.requires_grad else []
             tracked += _requiring_grad(cond)
             if tracked:
                 raise ValueError(
                     f"sample: gradient=None does not track, and {', '.join(tracked)} requires grad."
-                    " Detach it or sample under torch.no_grad()."
+                    " Detach it, sample under torch.no_grad(), or choose a gradient: 'discrete', "
+                    "fastdiff.AdjointDEIS() or 'backprop'."
                 )
 
-    def _prepare(self, x: torch.Tensor, extras: int) -> _Run:
+    def _eager(self, x: torch.Tensor) -> _Run:
         """Buffers and kernels for this shape, made once."""
-        plan = self._plan
-        if extras != plan.extras:
-            raise ValueError(
-                f"sample: the plan reads {plan.extras} extra input registers; got {extras}. Give "
-                "them as extras=(...)."
-            )
-        state = torch.float64 if x.dtype == torch.float64 else torch.float32
-        network = self._dtype or _parameter_dtype(self._network) or x.dtype
-        key = (x.shape, state, network, x.device)
-        if self._run is not None and self._run.key == key:
-            return self._run
-        name = self._backend
-        if name is None and x.device.type != "cpu" and any(s.threshold for s in plan.stages):
-            name = "torch"  # the one that thresholds there
-        backend = backends.choose(name, state, network, x.device)
-        batch = x.shape[0]
-        like = functools.partial(torch.empty, dtype=state, device=x.device)
+        kind = self._kind(x)
+        key = (x.shape, x.device, *kind, self._plan.structure)
+        if self._run is None or self._run.key != key:
+            self._run = self._build(key, kind, x.shape, x.device)
+        self._load(self._run)
+        return self._run
+
+    def _kind(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """The dtypes and the guidance that buffers are made for."""
         guidance = self._guidance or CFG()
-        table = torch.from_numpy(guidance.table(plan, batch))
-        layout = replace(plan.layout, branches=guidance.branches)
+        state = torch.float64 if x.dtype == torch.float64 else torch.float32
+        network = self._dtype or network_dtype(self._network) or x.dtype
+        return state, network, guidance.branches, guidance.per_sample
+
+    def _build(
+        self,
+        key: Hashable,
+        kind: tuple[Any, ...],
+        shape: torch.Size,
+        device: torch.device,
+        by_stage: bool = False,
+    ) -> _Run:
+        """Buffers and kernels. `by_stage`: for stages captured one by one, of any plan that fits
+        into registers with some room."""
+        plan, batch = self._plan, shape[0]
+        state, network, branches, per_sample = kind
+        backend = backends.choose(self._backend, state, network, device)
+        layout, slots, rows = replace(plan.layout, branches=branches), plan.slots, len(plan.stages)
+        uses_e = plan.uses_e
+        scaled = any(stage.c_in != 1.0 for stage in plan.stages)
+        if by_stage:
+            layout = replace(layout, terms=max(layout.terms, _TERMS))
+            slots, uses_e, scaled = max(slots, _TERMS), True, True
+            rows = max(_ROWS, 1 << (rows - 1).bit_length())
+        like = functools.partial(torch.empty, dtype=state, device=device)
         with torch.inference_mode(False):  # buffers outlive the caller's mode
-            state_x = like(x.shape)
-            e = like(x.shape) if plan.uses_e else None
-            scaled = any(stage.c_in != 1.0 for stage in plan.stages)
+            state_x = like(shape)
+            e = like(shape) if uses_e else None
             m = None
-            if scaled or network != state or guidance.branches > 1:
-                shape = (guidance.branches * batch, *x.shape[1:])
-                m = torch.empty(shape, dtype=network, device=x.device)
+            if scaled or network != state or branches > 1:
+                m = torch.empty((branches * batch, *shape[1:]), dtype=network, device=device)
             registers = Registers(
                 x=state_x,
                 e=e,
-                history=like((plan.slots, *x.shape)),
+                history=like((slots, *shape)),
                 m=m,
-                extras=tuple(like(x.shape) for _ in range(extras)),
-                seeds=torch.empty(batch, dtype=torch.int64, device=x.device),
+                extras=tuple(like(shape) for _ in range(plan.extras)),
+                seeds=torch.empty(batch, dtype=torch.int64, device=device),
             )
-            index = None
-            if guidance.per_sample:
-                index = torch.arange(batch, dtype=torch.int64, device=x.device)
+            index = torch.arange(batch, device=device) if per_sample else None
             told = torch.float64 if network == torch.float64 else torch.float32
-            values = torch.tensor([stage.model_time for stage in plan.stages], dtype=told)
-            rows = values.to(x.device)[:, None].expand(-1, guidance.branches * batch).contiguous()
+            times = torch.empty((rows, branches * batch), dtype=told, device=device)
             inputs = [
                 m if m is not None else e if _at_e(plan, i) and e is not None else state_x
                 for i in range(len(plan.stages))
             ]
-            stage = backend.bind(registers, table, layout, index)
-        stride = batch if guidance.per_sample else 1
-        self._run = _Run(key, registers, inputs, list(rows), stage, stride)
-        return self._run
+            stride = batch if per_sample else 1
+            table = torch.zeros(((rows + 1) * stride, layout.width), dtype=torch.float64)
+            write_table(table, plan, self._guidance, batch, layout)
+            _write_times(times, plan)
+            clock = torch.zeros(2, dtype=torch.int64, device=device) if by_stage else None
+            row_index = None if clock is None else clock[1:]
+            stage = backend.bind(registers, table, layout, index, row_index)
+            time = torch.empty((1, branches * batch), dtype=told, device=device)
+        return _Run(
+            *(key, registers, layout, table, times, inputs, list(times), stage, stride),
+            *(plan, self._guidance, clock, time),
+        )
+
+    def _load(self, run: _Run) -> None:
+        """Puts the numbers of the sampler's plan and guidance into a run's table and times."""
+        if run.plan is self._plan and run.guidance is self._guidance:
+            return
+        batch = run.registers.x.shape[0]
+        write_table(run.table, self._plan, self._guidance, batch, run.layout)
+        refresh = getattr(run.stage, "refresh", None)  # where the table lies on a device
+        if refresh is not None:
+            refresh(run.table)
+        _write_times(run.times, self._plan)
+        run.plan, run.guidance = self._plan, self._guidance
 
     def _fill(
         self,
@@ -321,8 +521,8 @@ class Sampler:
         xi: Any,
         extras: Sequence[torch.Tensor],
     ) -> None:
-        """Copies what this call brings into the buffers."""
-        plan, registers = self._plan, run.registers
+        """Copies what this call brings into the buffers; samples past x's are zeroed."""
+        plan, registers, batch = self._plan, run.registers, x.shape[0]
         if xi is not None:
             _check_xi(xi, plan, registers.x)
         elif plan.stochastic:
@@ -331,23 +531,165 @@ class Sampler:
                     f"sample: {plan.solver} draws noise. Give seed= (an integer, or one a sample), "
                     "or the noise itself as xi=."
                 )
-            registers.seeds.copy_(noise.seeds_tensor(seed, x.shape[0]))  # type: ignore[union-attr]
+            seeds = noise.seeds_tensor(seed, batch)
+            registers.seeds[:batch].copy_(seeds, non_blocking=True)  # type: ignore[index]
         for i, (register, given) in enumerate(zip(registers.extras, extras, strict=True)):
             try:
-                register.copy_(torch.as_tensor(given).expand(x.shape))
+                register[:batch].copy_(torch.as_tensor(given).expand(x.shape))
             except (RuntimeError, TypeError):
                 got = tuple(given.shape) if isinstance(given, torch.Tensor) else given
                 raise ValueError(
                     f"sample: extra registers are broadcastable to x, {tuple(x.shape)}; got "
                     f"extras[{i}] = {got}."
                 ) from None
-        registers.x.copy_(x)
-        if registers.m is not None:
-            copies = registers.m.reshape(-1, *x.shape)
-            copies.copy_(registers.x * plan.stages[0].c_in)
+        if batch < registers.x.shape[0]:
+            registers.x[batch:].zero_()
+        registers.x[:batch].copy_(x)
 
-    def _conditioning(self, cond: Any, batch: int) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Positional and keyword arguments of the network after x and t."""
+    def _first_input(self, run: _Run) -> None:
+        """m of the first stage, by the row after the plan's own."""
+        if run.clock is not None:
+            run.clock.zero_()
+        if run.registers.m is not None:
+            run.stage(len(self._plan.stages) * run.stride, None, None)
+
+    # -- captured --------------------------------------------------------------------------------
+
+    def _mode(self, device: torch.device, watched: bool) -> str | None:
+        """ "loop", "stage" or None for this call."""
+        graph = self._graph
+        if graph is None:
+            return None
+        if device.type not in CAPTURERS:
+            if graph.mode == "auto":
+                return None
+            raise ValueError(
+                f"sample: graphs are captured on {', '.join(CAPTURERS)}; got x on {device} and "
+                f"graph={graph.mode!r}. Move x and the network there, or use graph=None."
+            )
+        if watched:
+            if graph.mode == "auto":
+                return None
+            raise ValueError(
+                "sample: a captured loop has no stages to look into; got callback=, xi=, progress= "
+                f"or check= with graph={graph.mode!r}. Use graph=None."
+            )
+        return graph.mode
+
+    def _graphed(
+        self,
+        mode: str,
+        x: torch.Tensor,
+        cond: Any,
+        seed: Seeds | None,
+        extras: Sequence[torch.Tensor],
+    ) -> _Run | None:
+        """Samples by replay; None where graph="auto" prefers to run eagerly."""
+        assert self._graph is not None
+        plan, kind = self._plan, self._kind(x)
+        automatic, by_stage = mode == "auto", mode == "stage"
+        served = (*kind[:2], x.device)
+        if served not in self._serving:
+            self._serving[served] = backends.choose(self._backend, *served).name
+        if self._serving[served] == "torch":
+            if automatic:
+                return None
+            raise ValueError(
+                "sample: a captured loop reads its table on the device; the torch backend, which "
+                "serves here, keeps it on the host. fastdiff.backends.status() says what keeps the "
+                "others away; or use graph=None."
+            )
+        try:
+            described, leaves = flatten(cond)
+        except TypeError:
+            if automatic:
+                return None
+            raise
+        if x.device not in self._captures:
+            capturer = CAPTURERS[x.device.type]
+            self._captures[x.device] = Captures(self._graph, capturer, x.device)
+        captures = self._captures[x.device]
+        shape = torch.Size((self._graph.bucket(x.shape[0]), *x.shape[1:]))
+        structure = (plan.extras, self._plain, plan.structure[3:]) if by_stage else plan.structure
+        key = (shape, x.device, *kind, by_stage, structure, described, captures.environment())
+        if automatic and key not in self._met:
+            self._met[key] = None
+            if len(self._met) > _KINDS:
+                self._met.popitem(last=False)
+            return None
+
+        def whole(run: _Run, step: Callable[[bool | None], None]) -> None:
+            """One run of the buffers by its parts."""
+            self._fill(run, x, seed, None, extras)
+            for own, (leaf, rows) in zip(run.cond, leaves, strict=True):
+                _put(own, leaf, rows, len(x), kind[2])
+            if not by_stage:
+                step(None)
+                return
+            self._first_input(run)
+            for stage in plan.stages:
+                step(stage.evaluate)
+
+        captures.enter()
+        entry = captures.get(key)
+        if entry is not None and by_stage and not _fits(entry.run, plan):
+            captures.drop(key)
+            entry = None
+        if entry is not None:
+            self._load(entry.run)
+            whole(entry.run, functools.partial(captures.launch, entry))
+            return entry.run
+        kept = False
+        while not kept:
+            run = self._build(key, kind, shape, x.device, by_stage)
+            with torch.inference_mode(False):
+                run.cond = [_room(leaf, rows, len(x), shape[0], kind[2]) for leaf, rows in leaves]
+            held = (*vars(run.registers).values(), run.times, run.table, *run.cond)
+            entry = Entry(run, Weights(self._network), bytes_of(held))
+            bodies = self._bodies(run, rebuild(cond, iter(run.cond)), by_stage)
+            result = run.registers.x[: len(x)]
+            captures.capture(bodies, functools.partial(whole, run), result, entry)
+            kept = captures.add(key, entry)
+        return run
+
+    def _bodies(
+        self, run: _Run, cond: Any, by_stage: bool
+    ) -> dict[bool | None, Callable[[], None]]:
+        """What is captured: one loop (None), or a stage that evaluates and one that does not."""
+        arguments, keywords = arguments_of(cond)
+        if not by_stage:
+            steps = range(len(self._plan.stages))
+
+            def loop() -> None:
+                self._first_input(run)
+                if self._plain:
+                    self._loop(run, steps, arguments, keywords)
+                else:
+                    self._observed(run, steps, arguments, keywords, None, None)
+
+            return {None: loop}
+        given, clock, time = run.registers.m, run.clock, run.time
+        assert given is not None
+        assert clock is not None
+        assert time is not None
+        forward = torch.tensor([1, run.stride], dtype=torch.int64, device=clock.device)
+
+        def stage(evaluates: bool) -> None:
+            output = None
+            if evaluates:
+                torch.index_select(run.times, 0, clock[:1], out=time)
+                output = self._network(given, time[0], *arguments, **keywords)
+            try:
+                run.stage(0, output, None)
+            except (TypeError, ValueError, AttributeError) as error:
+                raise self._bad_output(None, output, given, error) from None
+            clock.add_(forward)
+
+        kinds = {stage.evaluate for stage in self._plan.stages}
+        return {evaluates: functools.partial(stage, evaluates) for evaluates in kinds}
+
+    def _conditioning(self, cond: Any, batch: int) -> Any:
+        """The conditioning of all branches."""
         guidance = self._guidance
         if guidance is not None and guidance.branches > 1:
             for name, value in (("cond", cond), ("uncond", guidance.uncond)):
@@ -357,23 +699,21 @@ class Sampler:
                         f"{name}={value}. Give cond={{...}} and CFG(scale, uncond={{...}})."
                     )
             cond = batched(cond, guidance.uncond, batch)
-        if cond is None:
-            return (), {}
-        return ((), cond) if isinstance(cond, Mapping) else ((cond,), {})
+        return cond
 
     # -- what a network may get wrong ------------------------------------------------------------
 
     def _bad_output(
-        self, i: int, output: Any, given: torch.Tensor, why: Exception | str
+        self, i: int | None, output: Any, given: torch.Tensor, why: Exception | str
     ) -> Exception:
-        stage = self._plan.stages[i]
         problem = _output_problem(output, given)
         if problem is None:
             if isinstance(why, Exception):
                 return why
             problem = why
         kind = TypeError if not isinstance(output, torch.Tensor) else ValueError
-        return kind(f"sample: stage {i} (t = {stage.t:.6g}): {problem}")
+        at = "" if i is None else f"stage {i} (t = {self._plan.stages[i].t:.6g}): "
+        return kind(f"sample: {at}{problem}")
 
     def _check_values(self, i: int, output: Any, given: torch.Tensor, version: int) -> None:
         problem = _output_problem(output, given)
@@ -401,8 +741,9 @@ def sample(
     out: torch.Tensor | None = None,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
-    graph: str | None = "auto",
-    gradient: Any = None,
+    graph: str | Graph | None = "auto",
+    gradient: str | Gradient | None = None,
+    params: Any = None,
     check: bool = False,
 ) -> torch.Tensor:
     """Samples once: `Sampler(network, plan, ...)(x, ...)`; arguments as there.
@@ -413,6 +754,9 @@ def sample(
         >>> x = fd.noise.prior(plan, (64, 1, 8, 8), seeds=0)
         >>> images = fd.sample(network, x, plan)
     """
+    if torch.compiler.is_compiling():
+        given = (x, cond, seed, xi, extras, callback, progress or check, out)
+        return _traced(network, plan, guidance, dtype, *given)
     sampler = Sampler(
         network,
         plan,
@@ -421,6 +765,7 @@ def sample(
         dtype=dtype,
         graph=graph,
         gradient=gradient,
+        params=params,
         check=check,
     )
     return sampler(
@@ -435,11 +780,135 @@ def sample(
     )
 
 
+def _traced(
+    network: Network,
+    plan: Plan,
+    guidance: CFG | None,
+    dtype: torch.dtype | None,
+    x: torch.Tensor,
+    cond: Any,
+    seed: Any,
+    xi: Any,
+    extras: Sequence[torch.Tensor],
+    callback: Callback | None,
+    watched: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """A run inside a compiled function; what it refuses it refuses while it is compiled."""
+    from . import traced  # brings in PyTorch's compiler, which is here already then
+
+    if callback is not None or watched:
+        raise ValueError(
+            "sample: inside torch.compile a run cannot be looked into; got callback=, progress= or "
+            "check=. Leave them out, or sample outside the compiled function."
+        )
+    if seed is None and xi is None and traced.draws(plan.handle):
+        raise ValueError(
+            "sample: the plan draws noise. Give seed= (an integer, or one a sample), or the noise "
+            "itself as xi=."
+        )
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise ValueError(
+            "sample: gradient=None does not track, and x requires grad. Detach it or sample under "
+            "torch.no_grad()."
+        )
+    dtype = dtype or network_dtype(network) or x.dtype
+    with torch.no_grad():
+        result = traced.sample(network, x, plan, cond, guidance, seed, xi, extras, dtype)
+    return result if out is None else out.copy_(result)
+
+
+def graph_of(graph: Any) -> Graph | None:
+    if graph is None or isinstance(graph, Graph):
+        return graph
+    if isinstance(graph, str):
+        return Graph(graph)
+    raise TypeError(
+        f"sample: graph is 'auto', 'loop', 'stage', None or a fastdiff.Graph; got {graph!r}."
+    )
+
+
+def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of the network after x and t."""
+    if cond is None:
+        return (), {}
+    return ((), cond) if isinstance(cond, Mapping) else ((cond,), {})
+
+
+def write_table(
+    table: torch.Tensor, plan: Plan, guidance: CFG | None, batch: int, layout: Layout
+) -> None:
+    """The plan's rows in a table of at least its columns; after them the row of the first input.
+
+    That row writes `m = c_in x` and nothing else; the rows after it do nothing.
+    """
+    own = replace(plan.layout, branches=layout.branches)
+    rows = torch.from_numpy((guidance or CFG()).padded(batch).table(plan, batch))
+    stride = len(rows) // len(plan.stages)
+    table.zero_()
+    table[:, nowhere(layout)] = -1
+    count = len(rows)
+    table[:count, : own.branch_offset] = rows[:, : own.branch_offset]
+    table[:count, layout.branch_offset :] = rows[:, own.branch_offset :]
+    table[count : count + stride, layout.columns.index("c_in_next")] = plan.stages[0].c_in
+
+
+def nowhere(layout: Layout) -> list[int]:
+    """Columns that name a slot or, as -1, none."""
+    pushes = [layout.columns.index(name) for name in ("push", "push_x")]
+    return [*pushes, *range(layout.term_offset, layout.branch_offset, 3)]
+
+
+def _write_times(times: torch.Tensor, plan: Plan) -> None:
+    """What the network is told at each stage, into [S or more, copies * B]."""
+    told = torch.tensor([stage.model_time for stage in plan.stages], dtype=times.dtype)
+    if times.is_cuda:
+        told = told.pin_memory()
+    told = told.to(times.device, non_blocking=True)
+    times[: len(told)] = told[:, None]
+
+
+def _fits(run: _Run, plan: Plan) -> bool:
+    """Whether a plan fits into the registers of stages captured one by one."""
+    history = run.registers.history
+    slots = 0 if history is None else len(history)
+    return (
+        plan.layout.terms <= run.layout.terms
+        and plan.slots <= slots
+        and len(plan.stages) <= len(run.times)
+    )
+
+
+def _room(leaf: torch.Tensor, rows: bool, batch: int, size: int, branches: int) -> torch.Tensor:
+    """Memory for a tensor of the conditioning; samples past the batch hold the first one's."""
+    leaf = leaf.detach()
+    if rows and size > batch:
+        each = leaf.reshape(branches, batch, *leaf.shape[1:])
+        first = each[:, :1].expand(branches, size - batch, *leaf.shape[1:])
+        leaf = torch.cat([each, first], dim=1).reshape(branches * size, *leaf.shape[1:])
+    return leaf.clone(memory_format=torch.contiguous_format)
+
+
+def _put(own: torch.Tensor, leaf: torch.Tensor, rows: bool, batch: int, branches: int) -> None:
+    """Copies a tensor of the conditioning to where a capture reads it."""
+    if not rows:
+        own.copy_(leaf)
+        return
+    shape = own.shape[1:]
+    own.view(branches, -1, *shape)[:, :batch].copy_(leaf.reshape(branches, batch, *shape))
+
+
+def bytes_of(held: Iterable[Any]) -> int:
+    """Memory of tensors, alone or in tuples."""
+    each = (t for h in held for t in (h if isinstance(h, tuple) else (h,)))
+    return sum(t.numel() * t.element_size() for t in each if isinstance(t, torch.Tensor))
+
+
 def _at_e(plan: Plan, i: int) -> bool:
     return bool(int(plan.table[i, 0]) & AT_E)
 
 
-def _parameter_dtype(network: Any) -> torch.dtype | None:
+def network_dtype(network: Any) -> torch.dtype | None:
     parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
     return next((p.dtype for p in parameters if p.dtype.is_floating_point), None)
 

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples at different stages of different plans in one batch, each as if it were alone."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastdiff as fd
+from fastdiff import graphs
+
+VP = fd.schedules.VPLinear()
+BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
+EACH = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def network(x, t, y=None):
+    shift = 0.0 if y is None else y.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    return torch.tanh(x + shift) * (1 + 1e-3 * t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
+
+
+def plan_of(solver, steps):
+    return fd.plan(VP, solver, steps, prediction="v", t_max=0.9)
+
+
+PLANS = [plan_of("ddim", 3), plan_of("deis-3", 7), plan_of("dpm-2", 2), plan_of("ddpm", 5)]
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    path = Path(__file__).with_name("recording.py")
+    spec = importlib.util.spec_from_file_location("recording", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.Recorder()
+    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
+    return made
+
+
+def serve(batcher, requests):
+    """Runs requests (x, plan, seed, cond) through a batcher as places come free, two at a time."""
+    waiting, running, results = list(enumerate(requests)), {}, {}
+    while waiting or running:
+        for _ in range(min(2, batcher.free, len(waiting))):
+            i, (x, plan, seed, cond) = waiting.pop(0)
+            running[batcher.add(x, plan, seed=seed, cond=cond)] = i
+        for place, sample in batcher.step().items():
+            results[running.pop(place)] = sample
+    return [results[i] for i in range(len(requests))]
+
+
+def requests_of(count, shape, dtype=torch.float32, y=False):
+    made = []
+    for i in range(count):
+        cond = {"y": torch.randn(1)} if y else None
+        made.append((torch.randn(shape, dtype=dtype), i % len(PLANS), 10 + i, cond))
+    return made
+
+
+def alone(request, guidance=None, backend=None):
+    x, plan, seed, cond = request
+    return fd.sample(
+        *(network, x[None], PLANS[plan]),
+        seed=seed,
+        cond=cond,
+        guidance=guidance,
+        backend=backend,
+        graph=None,
+    )[0]
+
+
+@EACH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_sample_is_what_it_is_alone(dtype, backend):
+    requests = requests_of(9, (2, 3), dtype)
+    batcher = fd.Batcher(network, PLANS, (3, 2, 3), dtype=dtype, backend=backend)
+    for request, got in zip(requests, serve(batcher, requests), strict=True):
+        torch.testing.assert_close(got, alone(request, backend=backend), rtol=1e-6, atol=1e-6)
+    assert batcher.free == 3
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_conditioning_and_guidance_are_a_samples_own(scale):
+    guidance = None if scale is None else fd.CFG(scale, uncond={"y": 0.0})
+    requests = requests_of(9, (6,), y=True)
+    example = {"y": torch.zeros(4)}
+    batcher = fd.Batcher(network, PLANS, (4, 6), cond=example, guidance=guidance)
+    for request, got in zip(requests, serve(batcher, requests), strict=True):
+        torch.testing.assert_close(got, alone(request, guidance), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+def test_one_captured_stage_serves_every_mixture(recorder):
+    requests = requests_of(9, (6,), y=True)
+    batcher = fd.Batcher(network, PLANS, (4, 6), cond={"y": torch.zeros(4)}, graph="stage")
+    for request, got in zip(requests, serve(batcher, requests), strict=True):
+        torch.testing.assert_close(got, alone(request), rtol=1e-6, atol=1e-6)
+    assert batcher.stats().captures == 1
+    recorder.facts = "autocast"
+    batcher.add(torch.randn(6), cond={"y": torch.zeros(1)})
+    batcher.step()
+    assert batcher.stats().captures == 2
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@pytest.mark.parametrize("graph", [None, "stage"])
+def test_an_error_moves_no_sample(graph, recorder):
+    fail = []
+
+    def net(x, t):
+        if fail:
+            raise KeyError("mine")
+        return network(x, t)
+
+    batcher, x = fd.Batcher(net, PLANS, (2, 6), graph=graph), torch.randn(6)
+    place = batcher.add(x)
+    fail.append(1)
+    with pytest.raises(KeyError, match="mine"):
+        batcher.step()
+    fail.clear()
+    results = [batcher.step() for _ in range(3)]
+    assert [list(r) for r in results] == [[], [], [place]]
+    torch.testing.assert_close(results[-1][place], alone((x, 0, None, None)))
+
+
+def test_places_are_taken_and_given_back():
+    batcher, x = fd.Batcher(network, PLANS[0], (2, 6)), torch.randn(6)
+    assert (batcher.free, batcher.add(x), batcher.add(x), batcher.free) == (2, 0, 1, 0)
+    with pytest.raises(RuntimeError, match=r"all 2 places are taken"):
+        batcher.add(x)
+    done = [batcher.step() for _ in range(3)][-1]
+    assert sorted(done) == [0, 1]
+    kept = done[0].clone()
+    batcher.add(torch.randn(6))
+    batcher.step()
+    assert torch.equal(done[0], kept)  # results are the caller's own
+    assert batcher.free == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: fd.Batcher(network, [], (2, 6)), TypeError, "at least one"),
+        (lambda: fd.Batcher(network, ["x"], (2, 6)), TypeError, "fastdiff.Plan"),
+        (
+            lambda: fd.Batcher(network, [PLANS[0], fd.plan(VP, "ddim", 3)], (2, 6)),
+            ValueError,
+            "one prediction",
+        ),
+        (lambda: fd.Batcher(network, PLANS, (0, 6)), ValueError, "at least 1"),
+        (lambda: fd.Batcher(network, PLANS, ()), ValueError, "shape is"),
+        (lambda: fd.Batcher(network, PLANS, (2, 6), dtype=torch.bfloat16), ValueError, "float32"),
+        (lambda: fd.Batcher(network, PLANS, (2, 6), graph="loop"), ValueError, "one stage"),
+        (lambda: fd.Batcher(network, PLANS, (2, 6), graph="stage"), ValueError, "graph=None"),
+        (
+            lambda: fd.Batcher(network, PLANS, (2, 6), guidance=fd.CFG(torch.ones(2))),
+            ValueError,
+            "a number for its scale",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "says"),
+    [
+        ((torch.zeros(5),), {}, ValueError, r"one sample, \(6,\); got \(5,\)"),
+        (("x",), {}, ValueError, "got str"),
+        ((torch.zeros(6), 4), {}, ValueError, "an index below 4; got 4"),
+        ((torch.zeros(6), 3), {}, ValueError, "draws noise"),
+        ((torch.zeros(6), 0), {"cond": {"z": torch.zeros(1)}}, ValueError, "structure"),
+        ((torch.zeros(6), 0), {"cond": {"y": torch.zeros(2)}}, ValueError, "one entry a sample"),
+        ((torch.zeros(6), 0), {}, ValueError, "structure"),
+    ],
+)
+def test_bad_requests_are_refused_and_take_no_place(arguments, options, error, says):
+    batcher = fd.Batcher(network, PLANS, (2, 6), cond={"y": torch.zeros(2)})
+    with pytest.raises(error, match=says):
+        batcher.add(*arguments, **options)
+    assert batcher.free == 2
+    with pytest.raises(RuntimeError, match="no sample to move"):
+        batcher.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_gpu_one_captured_stage_serves_every_mixture(backend):
+    requests = [
+        (x.cuda(), plan, seed, {"y": cond["y"].cuda()})
+        for x, plan, seed, cond in requests_of(9, (6,), y=True)
+    ]
+    batcher = fd.Batcher(
+        *(network, PLANS, (4, 6)),
+        cond={"y": torch.zeros(4).cuda()},
+        device="cuda",
+        backend=backend,
+    )
+    for request, got in zip(requests, serve(batcher, requests), strict=True):
+        torch.testing.assert_close(got, alone(request, backend=backend), rtol=1e-6, atol=1e-6)
+    assert batcher.stats().captures == 1
