@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU check: builds, runs the tests marked gpu and the stage benchmark, and sums them up.
+"""The GPU check: builds, runs the tests marked gpu, times stages and whole loops, and sums up.
 
 Each phase is a process with a time limit of its own; a phase that fails or hangs does not keep the
 next from running. Needs a CUDA device, a Python with torch, pytest, click and pybind11, and nothing
-else: no network and no virtual environment. Exit 0 only if every phase passed.
+else: no network and no virtual environment; where diffusers is installed it is timed as well. Exit
+0 only if every phase passed.
 
     make gpu-check                                       GPU_CHECK=short for the short one
     make gpu-check PYTHON=python3 VENV=                  with a Python that has torch already
@@ -27,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "gpu-check"
+BENCHES = ("stage", "loop")  # the rows and the page of each are named for it
 
 # Asked in a process of its own: this one never holds the device.
 PROBE = """
@@ -116,32 +118,43 @@ def run_phases(phases: Sequence[Phase], log: Path, environment: Mapping[str, str
 
 
 def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list[Phase]:
-    """Build, tests, benchmark; together under 8 minutes (`full`) or 4 (`short`)."""
+    """Build, tests, benchmarks; together under 8 minutes (`full`) or 4 (`short`)."""
     python, full = sys.executable, setting == "full"
     build = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     build += ["--no-build-isolation", "--no-deps", "-e", "."]
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     tests += ["--continue-on-collection-errors"]  # some tests import what a GPU machine has not
     tests += ["--durations=5"] if full else ["-m", "gpu and not slow"]
-    limit = 180 if full else 60
-    bench = [python, "benchmarks/bench_stage.py", "--device", "cpu" if cpu else "cuda"]
-    bench += ["--out", str(folder / "stage.jsonl"), "--summary", str(folder / "stage.md")]
-    bench += ["--budget", str(limit - 30)]
-    bench += ["--compile"] if full and not cpu else []
-    bench += ["--full"] if full else ["--short", "--rounds", "5"]
-    bench += ["--commit", commit] if commit else []
+    # of a benchmark: its limit, and what of it is for the cell that runs as its budget ends
+    limits = {"stage": (45, 18), "loop": (45, 15)}
+    if full:
+        limits = {"stage": (95, 25), "loop": (130, 20)}
+    benches = {}
+    for name, (limit, last) in limits.items():
+        bench = [python, f"benchmarks/bench_{name}.py", "--device", "cpu" if cpu else "cuda"]
+        bench += ["--out", str(folder / f"{name}.jsonl"), "--summary", str(folder / f"{name}.md")]
+        bench += ["--budget", str(limit - last), "--full" if full else "--short"]
+        bench += [] if full else ["--rounds", "5"]
+        benches[name] = bench + (["--commit", commit] if commit else [])
+    if full and not cpu:
+        benches["stage"] += ["--compile"]
+    if not full or cpu:
+        benches["loop"] += ["--no-compile"]
     if cpu:  # plumbing alone: what is built is imported, tests are collected and skipped
         build = [python, "-c", "import fastdiff, fastdiff._native"]
-        bench += ["--largest", "1", "--seconds", "0", "--rounds", "1"]
+        benches["stage"] += ["--largest", "1", "--seconds", "0", "--rounds", "1"]
+        benches["loop"] += ["--case", "null", "--case", "mlp", "--seconds", "0", "--rounds", "1"]
     return [
-        Phase("build", build, 120 if full else 90),
-        Phase("tests", tests, 170 if full else 80),
-        Phase("benchmark", bench, limit),
+        Phase("build", build, 95 if full else 75),
+        Phase("tests", tests, 155 if full else 70),
+        *(Phase(f"{name} benchmark", benches[name], limits[name][0]) for name in BENCHES),
     ]
 
 
-def summary(found: Mapping[str, Any], setting: str, results: Sequence[Result], stage: Path) -> str:
-    """One page of Markdown."""
+def summary(
+    found: Mapping[str, Any], setting: str, results: Sequence[Result], parts: Sequence[Path]
+) -> str:
+    """One page of Markdown: the phases, then the page of each benchmark."""
     rows = [
         f"| {r.phase.name} | {r.how} | {r.seconds:.0f} s | `{r.last[:120].replace('|', '/')}` |"
         for r in results
@@ -150,10 +163,11 @@ def summary(found: Mapping[str, Any], setting: str, results: Sequence[Result], s
     text = (
         f"# GPU check, {setting}\n\n{about}.\n\n| phase | | time | last line |\n|---|---|---|---|\n"
     )
-    text += "\n".join(rows) + "\n\n"
-    if stage.exists():
-        return text + stage.read_text(encoding="utf-8")
-    return text + "The benchmark measured nothing.\n"
+    text += "\n".join(rows) + "\n"
+    for part in parts:
+        measured = part.read_text(encoding="utf-8") if part.exists() else "It measured nothing.\n"
+        text += f"\n## The {part.stem} benchmark\n\n{measured}"
+    return text
 
 
 def probe() -> dict[str, Any]:
@@ -191,8 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_folder = folder if elsewhere else ROOT / "out"
     for made in (folder, log_folder):
         made.mkdir(parents=True, exist_ok=True)
-    log, stage = log_folder / f"{NAME}.log", folder / "stage.md"
-    for old in (log, stage):
+    log, parts = log_folder / f"{NAME}.log", [folder / f"{name}.md" for name in BENCHES]
+    for old in (log, *parts):
         old.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONUNBUFFERED"] = "1"
@@ -204,8 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         phases_of(chosen.setting, folder, chosen.cpu, chosen.commit), log, environment
     )
     page = folder / f"{NAME}-cpu.md" if chosen.cpu else folder / f"{NAME}.md"
-    text = summary(found, chosen.setting, results, stage)
-    stage.unlink(missing_ok=True)
+    text = summary(found, chosen.setting, results, parts)
+    for part in parts:
+        part.unlink(missing_ok=True)
     page.write_text(text, encoding="utf-8")
     print(f"\n{text}\n{NAME}: {page}; every word of the phases: {log}")
     failed = [r.phase.name for r in results if not r.passed]
