@@ -291,7 +291,7 @@ class Batcher:
         entry = Entry(None, Weights(self._network), bytes_of(live))
         body = functools.partial(self._advance, self._cond_of())
         try:
-            captures.capture({None: body}, whole, r.x, entry)
+            captures.capture({None: body}, whole, lambda: r.x, entry)
         except BaseException:
             for tensor, value in kept:  # no sample has moved
                 tensor.copy_(value)

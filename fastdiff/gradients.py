@@ -22,7 +22,7 @@ import torch
 from . import backends
 from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
-from .graphs import rebuild
+from .graphs import Captures, Entry, Weights, flatten, rebuild
 from .guidance import CFG
 from .plan import AT_E, EVALUATE, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
@@ -32,6 +32,7 @@ from .solvers.exponential import adams, lagrange, phi, transfer
 from .transpose import Transposed
 
 THRESHOLDS = ("exact", "straight-through")
+_BOUND = 4  # backward tables that a sampler keeps bound
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,8 @@ class AdjointDEIS:
         check("published", (False, True))
         if self.published and self.order == 3:
             raise ValueError("AdjointDEIS: the published forms are of order 1 and 2; got order=3.")
+        if self.grid is not None and not isinstance(self.grid, str):
+            object.__setattr__(self, "grid", tuple(float(t) for t in self.grid))
         steps = self.steps
         if steps is not None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"AdjointDEIS: steps is None or an integer from 1 on; got {steps!r}.")
@@ -170,30 +173,50 @@ class Trace:
     versions: tuple[int, ...] = ()
     times: list[torch.Tensor] = field(default_factory=list)  # told to the network, a stage each
     random: dict[int, Any] = field(default_factory=dict)  # generators before a stage that draws
+    watches: bool = True  # whether a stage is seen to draw
     autocast: Callable[[], Any] = contextlib.nullcontext
+    scale: torch.Tensor | None = None  # of the guidance, a sample each, shaped to multiply x
 
-    # -- forward ---------------------------------------------------------------------------------
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The sample, and the tensors to keep."""
-        device = x.device.type
+    def __post_init__(self) -> None:
+        device = self.start.device.type
         enabled, cached = torch.is_autocast_enabled(device), torch.is_autocast_cache_enabled()
         kind = torch.get_autocast_dtype(device)
         self.autocast = lambda: torch.autocast(
             device, dtype=kind, enabled=enabled, cache_enabled=cached
         )
+        if self.guidance is not None and isinstance(self.guidance.scale, torch.Tensor):
+            state = torch.float64 if self.start.dtype == torch.float64 else torch.float32
+            scale = self.guidance.scale.to(self.start.device, state)
+            self.scale = scale.reshape(-1, *[1] * (self.start.ndim - 1))
+
+    def weights(self, i: int) -> tuple[Any, Any]:
+        """(uncond, cond) weights of the guidance at a stage."""
+        assert self.guidance is not None
+        if self.scale is not None:
+            return 1.0 - self.scale, self.scale
+        return self.guidance.weights(i, self.start)
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The sample, and the tensors to keep."""
         self.versions = tuple(tensor._version for tensor in self.named)
-        run = self.sampler._eager(x)
+        run = self.sampler._eager(self.start)
         self.times = [time.clone() for time in run.told[: len(self.plan.stages)]]
         self.fill(run)
         self.sampler._first_input(run)
+        kept = self.loop(run)
+        return run.registers.x.to(self.start.dtype, copy=True), kept
+
+    def loop(self, run: Any) -> list[torch.Tensor]:
+        """Runs all stages; what to keep."""
         kept: list[torch.Tensor] = []
         self._loop(run, range(len(self.plan.stages)), kept, first=True)
         if isinstance(self.gradient, AdjointDEIS):
             if self.gradient.states == "resolve":
                 kept.clear()
             kept.append(run.registers.x.clone())
-        return run.registers.x.to(x.dtype, copy=True), kept
+        return kept
 
     def _loop(self, run: Any, steps: Iterable[int], kept: list[torch.Tensor], first: bool) -> None:
         """Runs stages and keeps what the gradient asks for. `first`: not a segment made anew."""
@@ -236,6 +259,9 @@ class Trace:
     def _as_drawn(self, i: int, first: bool) -> Iterator[None]:
         """Notes the generators of a stage that draws from them, or puts them back as they were."""
         device = self.start.device
+        if not self.watches or not (first or self.random):
+            yield
+            return
         before = _generators(device)
         if first:
             yield
@@ -258,20 +284,13 @@ class Trace:
         self, cotangent: torch.Tensor, kept: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the named tensors."""
-        for tensor, version in zip(self.named, self.versions, strict=True):
-            if tensor._version != version:
-                raise RuntimeError(
-                    "sample: a tensor that the gradient needs was changed in place between the run "
-                    f"and backward(): one of shape {tuple(tensor.shape)} is at version "
-                    f"{tensor._version}; expected {version}. Call backward() before the step."
-                )
         state = torch.float64 if cotangent.dtype == torch.float64 else torch.float32
-        sweep = _Sweep(self, cotangent.to(state), cotangent.dtype)
+        sweep = _Sweep(self, cotangent.to(state).contiguous())
         if isinstance(self.gradient, AdjointDEIS):
             _continuous(sweep, self.gradient, kept)
         else:
             sweep.run(self.plan.transpose(), self.times, self._recorded(kept))
-        x_bar = sweep.x_bar.to(cotangent.dtype) if self.needs else None
+        x_bar = sweep.x_bar.to(cotangent.dtype, copy=True) if self.needs else None
         return x_bar, *sweep.gradients()
 
     def _recorded(self, kept: Sequence[torch.Tensor]) -> Callable[[int], _Input]:
@@ -338,8 +357,8 @@ class _Input:
 class _Sweep:
     """Backward stages: cotangents of x, and sums of those of the named tensors."""
 
-    def __init__(self, trace: Trace, cotangent: torch.Tensor, x_dtype: torch.dtype) -> None:
-        self.trace, self.x_bar = trace, cotangent.contiguous().clone()
+    def __init__(self, trace: Trace, cotangent: torch.Tensor) -> None:
+        self.trace, self.x_bar = trace, cotangent
         self.totals: list[torch.Tensor | None] = [None] * len(trace.named)
         held = tensors_in(trace.cond)
         registers = len(trace.named) - trace.extras
@@ -368,10 +387,11 @@ class _Sweep:
         if gradient is None:
             return
         total = self.totals[i]
-        if total is None:
+        if total is None:  # a copy: autograd may have given the cotangent itself
             wide = torch.promote_types(gradient.dtype, torch.float32)
-            total = self.totals[i] = torch.zeros_like(gradient, dtype=wide)
-        total.add_(gradient, alpha=weight)
+            self.totals[i] = gradient.to(wide).mul(weight)
+        else:
+            total.add_(gradient, alpha=weight)
 
     def vjp(
         self,
@@ -409,7 +429,7 @@ class _Sweep:
         guidance = self.trace.guidance
         if guidance is not None and guidance.branches > 1:
             uncond, cond = m.view(2, -1, *m.shape[1:])
-            for branch, w in zip((uncond, cond), guidance.weights(i, uncond), strict=True):
+            for branch, w in zip((uncond, cond), self.trace.weights(i), strict=True):
                 branch.mul_(w)
         return m
 
@@ -421,21 +441,14 @@ class _Sweep:
         see: Callable[[int, torch.Tensor], None] = lambda i, out: None,
     ) -> None:
         """All backward stages of a plan; `see` is told of every network output."""
-        plan, x = transposed.plan, self.x_bar
-        guidance = self.trace.guidance
-        branches = 1 if guidance is None else guidance.branches
-        registers = Registers(
-            x=x,
-            e=torch.empty_like(x),
-            history=x.new_empty((transposed.slots, *x.shape)),
-            m=x.new_empty((branches * x.shape[0], *x.shape[1:])),
-        )
+        plan = transposed.plan
+
+        def table(branches: int) -> tuple[torch.Tensor, Layout]:
+            layout = replace(transposed.layout, branches=branches)
+            return torch.from_numpy(transposed.pack(branches)), layout
+
+        registers, run = self.bound(plan.handle, table, transposed.slots)
         assert registers.m is not None
-        assert registers.e is not None
-        assert registers.history is not None
-        table = torch.from_numpy(transposed.pack(branches))
-        layout = replace(transposed.layout, branches=branches)
-        run = self.bind(registers, table, layout)
         run(0, None, None)
         earliest = next(i for i, stage in enumerate(plan.stages) if stage.evaluate)
         for row, i in enumerate(reversed(range(len(plan.stages))), start=1):
@@ -458,13 +471,39 @@ class _Sweep:
                 m_bar = torch.zeros_like(registers.m)
             run(row, m_bar, None)
 
-    def bind(self, registers: Registers, table: torch.Tensor, layout: Layout) -> Any:
-        """A backward stage on the backend of the forward run."""
-        network = registers.x.dtype if registers.m is None else registers.m.dtype
-        serving = backends.choose(
-            self.trace.sampler._backend, registers.x.dtype, network, registers.x.device
-        )
-        return serving.bind(registers, table, layout)
+    def bound(
+        self, name: str, table: Callable[[int], tuple[torch.Tensor, Layout]], slots: int
+    ) -> tuple[Registers, Any]:
+        """Registers that hold the cotangent, and the backward stage on them.
+
+        They are the sampler's own, as a forward run's are, and serve one pass at a time.
+
+        Args:
+            name: Of the table; plans have handles.
+            table: The rows for G branches, with their layout.
+            slots: Of the history.
+        """
+        x, guidance, sampler = self.x_bar, self.trace.guidance, self.trace.sampler
+        branches = 1 if guidance is None else guidance.branches
+        key = (name, x.shape, x.dtype, x.device, branches)
+        found = sampler._backward.get(key)
+        if found is None:
+            with torch.inference_mode(False):
+                registers = Registers(
+                    x=torch.empty_like(x),
+                    e=torch.empty_like(x),
+                    history=x.new_empty((slots, *x.shape)),
+                    m=x.new_empty((branches * x.shape[0], *x.shape[1:])),
+                )
+                serving = backends.choose(sampler._backend, x.dtype, x.dtype, x.device)
+                found = registers, serving.bind(registers, *table(branches))
+            sampler._backward[key] = found
+            while len(sampler._backward) > _BOUND:
+                sampler._backward.popitem(last=False)
+        registers, run = found
+        registers.x.copy_(x)
+        self.x_bar = registers.x
+        return registers, run
 
     def _owe(self, owed: Sequence[tuple[int, float, int | None]], registers: Registers) -> None:
         """What a stage owes to the read-only registers."""
@@ -489,7 +528,7 @@ class _Sweep:
         guidance = self.trace.guidance
         combined = outputs[0]
         if guidance is not None and guidance.branches > 1:
-            w_uncond, w_cond = guidance.weights(i, point)
+            w_uncond, w_cond = self.trace.weights(i)
             combined = w_uncond * outputs[0] + w_cond * outputs[1]
         with torch.enable_grad():
             h = (stage.q * combined + stage.p * point).requires_grad_()
@@ -510,7 +549,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, trace: Trace, x: torch.Tensor, *named: torch.Tensor) -> torch.Tensor:
-        result, kept = trace.forward(x)
+        result, kept = trace.forward()
         trace.needs = ctx.needs_input_grad[1]
         ctx.save_for_backward(*kept)
         ctx.trace = trace
@@ -518,12 +557,102 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "sample: this gradient is not differentiable again; got backward(create_graph=True)"
-                ' or grad(create_graph=True). Use gradient="backprop".'
-            )
+        _check_once()
+        _check_versions(ctx.trace.named, ctx.trace.versions)
         return None, *ctx.trace.backward(cotangent, ctx.saved_tensors)
+
+
+def _check_once() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "sample: this gradient is not differentiable again; got backward(create_graph=True)"
+            ' or grad(create_graph=True). Use gradient="backprop".'
+        )
+
+
+def _check_versions(named: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+    for tensor, version in zip(named, versions, strict=True):
+        if tensor._version != version:
+            raise RuntimeError(
+                "sample: a tensor that the gradient needs was changed in place between the run "
+                f"and backward(): one of shape {tuple(tensor.shape)} is at version "
+                f"{tensor._version}; expected {version}. Call backward() before the step."
+            )
+
+
+class _Captured:
+    """A run and its backward pass as two graphs, on buffers of their own.
+
+    What the forward graph keeps for the backward one lies in its memory: a second run before the
+    backward pass of the first would overwrite it, and is told apart by `stamp`.
+    """
+
+    def __init__(
+        self, trace: Trace, run: Any, inputs: Sequence[torch.Tensor], needs: Sequence[bool]
+    ) -> None:
+        self.trace, self.run, self.inputs = trace, run, inputs
+        self.needs = needs  # of x and the named tensors
+        self.cotangent = torch.empty_like(run.registers.x)
+        self.stamp = 0
+        self.kept: list[torch.Tensor] = []
+        self.found: tuple[torch.Tensor | None, ...] = ()
+        self.held: list[Any] = []  # what the graphs' addresses belong to
+
+    def forward(self) -> None:
+        """What is captured of the run."""
+        trace, first = self.trace, not self.held
+        trace.watches = first
+        trace.sampler._first_input(self.run)
+        self.kept = trace.loop(self.run)
+        if trace.random:
+            raise NotImplementedError(
+                "sample: a captured gradient cannot draw a network's random numbers again; got a "
+                f"network that draws at stage {min(trace.random)}. Use eval(), or graph=None."
+            )
+
+    def backward(self) -> None:
+        """What is captured of the backward pass."""
+        self.found = self.trace.backward(self.cotangent, self.kept)
+        self.held = [*self.trace.sampler._backward.values()]
+
+    def result(self) -> torch.Tensor:
+        """Everything that a run and its backward pass leave, in one vector."""
+        left = [self.run.registers.x, *(g for g in self.found if g is not None)]
+        return torch.cat([tensor.flatten().to(left[0].dtype) for tensor in left])
+
+
+class _CapturedFunction(torch.autograd.Function):
+    """A captured run as one operation of autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, captured: _Captured, captures: Captures, entry: Entry, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        captured.stamp += 1
+        ctx.stamp, ctx.captured, ctx.captures, ctx.entry = captured.stamp, captured, captures, entry
+        ctx.named = tensors
+        ctx.versions = [tensor._version for tensor in tensors]
+        captures.launch(entry, "forward")
+        return captured.run.registers.x.to(tensors[0].dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        _check_once()
+        _check_versions(ctx.named, ctx.versions)
+        captured = ctx.captured
+        if ctx.stamp != captured.stamp:
+            raise RuntimeError(
+                "sample: a captured run keeps the states of its last call alone; got backward() "
+                "after the sampler was called again. Call backward() first, or use graph=None."
+            )
+        ctx.captures.enter()
+        captured.cotangent.copy_(cotangent)
+        ctx.captures.launch(ctx.entry, "backward")
+        found = [
+            None if g is None or not needed else g.to(tensor.dtype, copy=True)
+            for g, needed, tensor in zip(captured.found, captured.needs, ctx.named, strict=True)
+        ]
+        return None, None, None, *found
 
 
 def differentiable(
@@ -534,6 +663,7 @@ def differentiable(
     cond: Any,
     extras: Sequence[torch.Tensor],
     fill: Callable[[Any], None],
+    captures: Captures | None = None,
 ) -> torch.Tensor:
     """A run whose result autograd can differentiate.
 
@@ -544,24 +674,82 @@ def differentiable(
         x, extras: As in `Sampler.__call__`.
         cond: Conditioning of all branches.
         fill: Copies the inputs into the buffers of a run.
+        captures: Where the two graphs of a captured run are kept; None: run eagerly.
 
     Raises:
         ValueError: No tensor requires grad; or the gradient cannot pass what the plan does.
+        RuntimeError: The network cannot be captured.
     """
+    plan, guidance = sampler._plan, sampler._guidance
     if isinstance(gradient, AdjointDEIS):
-        check_continuous(gradient, sampler._plan, sampler._guidance)
-    named = (*params, *tensors_in(cond), *extras)
-    if not any(tensor.requires_grad for tensor in (x, *named)):
+        check_continuous(gradient, plan, guidance)
+    held = tensors_in(cond)
+    named = (*params, *held, *extras)
+    needs = tuple(tensor.requires_grad for tensor in (x, *named))
+    if not any(needs):
         raise ValueError(
             f"sample: gradient={gradient!r} differentiates with respect to tensors that require "
             "grad; got none in x, cond, extras and the parameters. Call x.requires_grad_(), name "
             "tensors in params=, or use gradient=None."
         )
-    trace = Trace(
-        *(sampler, sampler._network, sampler._plan, sampler._guidance, gradient, cond, named),
-        *(len(extras), x.detach(), fill),
-    )
-    return _Function.apply(trace, x, *named)
+    given = (sampler, sampler._network, plan, guidance, gradient)
+    if captures is None:
+        trace = Trace(*given, cond, named, len(extras), x.detach(), fill)
+        return _Function.apply(trace, x, *named)
+
+    if isinstance(gradient, Discrete) and gradient.checkpoint is not None:
+        raise NotImplementedError(
+            "sample: a captured gradient keeps every stage's state in the graph; got checkpoint="
+            f"{gradient.checkpoint}. Use graph=None, or checkpoint=None."
+        )
+    described, _ = flatten(cond)
+    ids = tuple(map(id, params))
+    made_for = (gradient, plan.handle, id(guidance), x.shape, x.dtype, needs, ids, described)
+    key = (*made_for, captures.environment())
+    captures.enter()
+    entry = captures.get(key)
+    kept = entry is not None
+    while not kept:
+        run = sampler._build(key, sampler._kind(x), x.shape, x.device)
+        with torch.inference_mode(False):
+            own = [t.detach().clone().requires_grad_(t.requires_grad) for t in held]
+            registers = [
+                register.requires_grad_(False).detach().requires_grad_(t.requires_grad)
+                for register, t in zip(run.registers.extras, extras, strict=True)
+            ]
+        static = rebuild(cond, iter(own))
+        trace = Trace(*given, static, (*params, *own, *registers), len(extras), x.detach(), fill)
+        trace.times, trace.needs = list(run.told), needs[0]
+        captured = _Captured(trace, run, own, needs)
+        entry = Entry(captured, Weights(sampler._network), 0)
+
+        def whole(step: Callable[[Any], None], captured: _Captured = captured) -> None:
+            _refill(captured, held, fill)
+            step("forward")
+            captured.cotangent.copy_(x.detach())
+            step("backward")
+
+        bodies = {"forward": captured.forward, "backward": captured.backward}
+        captures.capture(bodies, whole, captured.result, entry)
+        made = (*vars(run.registers).values(), run.times, run.table, *own, captured.cotangent)
+        entry.bytes = sum(t.nbytes for m in made for t in _flat(m))
+        kept = captures.add(key, entry)
+    assert entry is not None
+    _refill(entry.run, held, fill)
+    return _CapturedFunction.apply(entry.run, captures, entry, x, *named)
+
+
+def _refill(captured: _Captured, held: Sequence[torch.Tensor], fill: Callable[[Any], None]) -> None:
+    """Copies the inputs of a call to where the graphs read them."""
+    with torch.no_grad():
+        fill(captured.run)
+        for own, tensor in zip(captured.inputs, held, strict=True):
+            own.copy_(tensor)
+
+
+def _flat(value: Any) -> list[torch.Tensor]:
+    values = value if isinstance(value, tuple) else (value,)
+    return [tensor for tensor in values if isinstance(tensor, torch.Tensor)]
 
 
 # -- the continuous adjoint ------------------------------------------------------------------------
@@ -703,7 +891,7 @@ def _continuous(sweep: _Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tenso
     """The adjoint on its own grid."""
     plan = sweep.trace.plan
     schedule = schedule_of(gradient, plan)
-    own = _nodes(gradient, schedule, plan)
+    own = _own_plan(sweep.trace.sampler, gradient, schedule, plan)
     states: _Recorded | _Resolved
     if gradient.states == "resolve":
         states = _Resolved(sweep, schedule, own, kept[-1], gradient.order)
@@ -720,6 +908,14 @@ def _continuous(sweep: _Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tenso
         lambda i: _Input(_given(sweep, schedule, own.times[i], states.at(own.times[i]))),
         states.see,
     )
+
+
+def _own_plan(sampler: Any, gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> Plan:
+    """The adjoint's plan, made once for a sampler's plan and gradient."""
+    held = sampler._adjoint
+    if held is None or held[0] is not gradient or held[1] is not plan:
+        held = sampler._adjoint = (gradient, plan, _nodes(gradient, schedule, plan))
+    return held[2]
 
 
 def _told(sweep: _Sweep, schedule: Schedule, t: float) -> torch.Tensor:
@@ -795,7 +991,7 @@ class _Resolved:
         outputs = out.to(self._x.dtype).reshape(-1, *self._x.shape)
         combined, guidance = outputs[0], self._sweep.trace.guidance
         if guidance is not None and guidance.branches > 1:
-            w_uncond, w_cond = guidance.weights(0, self._x)
+            w_uncond, w_cond = self._sweep.trace.weights(0)
             combined = w_uncond * outputs[0] + w_cond * outputs[1]
         self._h = [q * combined + p * self._x, *self._h][: self._order]
         self._seen = self._n
@@ -843,7 +1039,7 @@ def _published(
     and the same for conditioning and parameters with V = s (dN/dz)^T a, each product credited to
     the node that it was taken at.
     """
-    trace, plan = sweep.trace, sweep.trace.plan
+    plan = sweep.trace.plan
     times = np.array(own.times)[::-1]
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     lam = schedule.lambda_t(times)
@@ -866,28 +1062,30 @@ def _published(
             w_2 = -alpha[n + 1] / sigma[n + 1] * h * h * phi(2, -h)
         if order == 2 and n > 0:
             g[n] = w_2 / (lam[n] - lam[n - 1])
-    x = sweep.x_bar
-    branches = 1 if trace.guidance is None else trace.guidance.branches
-    layout = Layout(1, branches)
-    at = {name: i for i, name in enumerate(layout.columns)}
-    table = torch.zeros((count + 1, layout.width), dtype=torch.float64)
-    table[:, [at["push"], at["push_x"], at["slot_0"]]] = -1
     p_q = [schedule.conversion(plan.prediction, form, float(t)) for t in times]
-    table[0, at["c_in_next"]] = p_q[0][1]
-    for n in range(count):
-        row = table[n + 1]
-        row[at["flags"]], row[at["push"]] = EVALUATE + WRITES_X, 0
-        row[at["p"]], row[at["a_x"]] = p_q[n][0], scale[n] / scale[n + 1]
-        row[at["b_0"]] = (w_1[n] + g[n]) * scale[n] ** 2 / scale[n + 1]
-        if g[n]:
-            row[at["n_terms"]], row[at["slot_0"]] = 1, 0
-            row[at["past_b_0"]] = -g[n] * scale[n - 1] ** 2 / scale[n + 1]
-        row[layout.branch_offset : layout.extra_offset] = float(
-            schedule.c_in(float(times[n]), plan.prediction)
-        )
-        row[at["c_in_next"]] = p_q[n + 1][1]
-    m = x.new_empty((branches * x.shape[0], *x.shape[1:]))
-    run = sweep.bind(Registers(x=x, history=x.new_empty((1, *x.shape)), m=m), table, layout)
+
+    def rows(branches: int) -> tuple[torch.Tensor, Layout]:
+        layout = Layout(1, branches)
+        at = {name: i for i, name in enumerate(layout.columns)}
+        table = torch.zeros((count + 1, layout.width), dtype=torch.float64)
+        table[:, [at["push"], at["push_x"], at["slot_0"]]] = -1
+        table[0, at["c_in_next"]] = p_q[0][1]
+        for n in range(count):
+            row = table[n + 1]
+            row[at["flags"]], row[at["push"]] = EVALUATE + WRITES_X, 0
+            row[at["p"]], row[at["a_x"]] = p_q[n][0], scale[n] / scale[n + 1]
+            row[at["b_0"]] = (w_1[n] + g[n]) * scale[n] ** 2 / scale[n + 1]
+            if g[n]:
+                row[at["n_terms"]], row[at["slot_0"]] = 1, 0
+                row[at["past_b_0"]] = -g[n] * scale[n - 1] ** 2 / scale[n + 1]
+            c_in = float(schedule.c_in(float(times[n]), plan.prediction))
+            row[layout.branch_offset : layout.extra_offset] = c_in
+            row[at["c_in_next"]] = p_q[n + 1][1]
+        return table, layout
+
+    registers, run = sweep.bound(f"published {order} {own.handle}", rows, 1)
+    m = registers.m
+    assert m is not None
     run(0, None, None)
     for n in range(count):
         t = float(times[n])

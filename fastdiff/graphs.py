@@ -358,6 +358,9 @@ def _address(tensor: torch.Tensor) -> int:
 # -- captures -------------------------------------------------------------------------------------
 
 
+Name = bool | str | None
+
+
 @dataclass
 class Entry:
     """One capture with all that it stands on.
@@ -366,13 +369,14 @@ class Entry:
         run: The sampler's buffers and bound kernels; kept alive here.
         weights: The network's, as they lay.
         bytes: Of the buffers.
-        launches: The graph, by what it holds: None for a loop; for a stage, whether it evaluates.
+        launches: The graphs by name: None for a loop; for a stage, whether it evaluates; "forward"
+            and "backward" for a loop with its gradient.
     """
 
     run: Any
     weights: Weights
     bytes: int
-    launches: dict[bool | None, Callable[[], None]] = field(default_factory=dict)
+    launches: dict[Name, Callable[[], None]] = field(default_factory=dict)
 
 
 class Captures:
@@ -449,10 +453,10 @@ class Captures:
         if key in self._entries:
             self._drop(key)
 
-    def launch(self, entry: Entry, evaluates: bool | None = None) -> None:
+    def launch(self, entry: Entry, name: Name = None) -> None:
         """Replays on the current stream."""
         self._replays += 1
-        entry.launches[evaluates]()
+        entry.launches[name]()
 
     def clear(self) -> None:
         """Gives up every capture and its memory."""
@@ -461,9 +465,9 @@ class Captures:
 
     def capture(
         self,
-        bodies: Mapping[bool | None, Callable[[], None]],
-        whole: Callable[[Callable[[bool | None], None]], None],
-        result: torch.Tensor,
+        bodies: Mapping[Any, Callable[[], None]],
+        whole: Callable[[Callable[[Any], None]], None],
+        result: Callable[[], torch.Tensor],
         entry: Entry,
     ) -> None:
         """Records bodies into an entry, or refuses.
@@ -472,7 +476,7 @@ class Captures:
             bodies: What to record, by its name in `Entry.launches`.
             whole: `whole(step)` fills the buffers anew and makes one whole run of them, calling
                 `step(name)` for every body in order.
-            result: Where a run leaves its samples.
+            result: What a run leaves.
             entry: Where the graphs go.
 
         Raises:
@@ -481,7 +485,7 @@ class Captures:
         """
         capturer, device = self._capturer, self._device
 
-        def rehearsal(strict: bool) -> Callable[[bool | None], None]:
+        def rehearsal(strict: bool) -> Callable[[Name], None]:
             return lambda name: capturer.rehearse(device, bodies[name], strict)
 
         with _CAPTURING, capturer.preserved(device) as rewind:
@@ -489,20 +493,23 @@ class Captures:
                 whole(rehearsal(False))
                 rewind()
                 whole(rehearsal(True))
-                expected = result.clone()
+                expected = result().clone()
                 if self._pool is None:
                     self._pool = capturer.pool(device)
-                graphs: dict[bool | None, Callable[[], None]] = {}
+                graphs: dict[Name, Callable[[], None]] = {}
                 for name, body in bodies.items():
                     graphs[name] = capturer.record(device, body, self._pool)
             except RuntimeError as error:
                 if not self._entries:
                     self._pool = None  # what a broken capture left in it goes with it
-                raise refusal(error) from error
+                refused = refusal(error)
+                if refused is error:
+                    raise
+                raise refused from error
             rewind()
             entry.launches.update(graphs)
             whole(functools.partial(self.launch, entry))
-            problem = difference(expected, result)
+            problem = difference(expected, result())
             if problem:
                 raise RuntimeError(
                     "sample: a captured network depends on its tensors alone; the replay gives "
@@ -564,6 +571,8 @@ _RULES = (
 def refusal(error: RuntimeError) -> RuntimeError:
     """What a stranger is told of an error met in a capture; other errors as they are."""
     text = str(error).lower()
+    if isinstance(error, NotImplementedError) or text.startswith("sample:"):
+        return error
     for words, rule, hint in _RULES:
         if any(word in text for word in words):
             where = _culprit(error)

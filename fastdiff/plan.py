@@ -548,6 +548,10 @@ class Plan:
 
     def transpose(self) -> Transposed:
         """The table of the backward pass; see `fastdiff.transpose`."""
+        return self._transposed
+
+    @functools.cached_property
+    def _transposed(self) -> Transposed:
         from .transpose import transpose
 
         return transpose(self)

@@ -115,6 +115,8 @@ class Sampler:
         self._graph = graph_of(graph)
         self._gradient = gradient_of(gradient)
         self._params = params
+        self._backward: OrderedDict[Hashable, Any] = OrderedDict()  # registers, bound stages
+        self._adjoint: Any = None
         self._check = check
         self._run: _Run | None = None
         self._captures: dict[torch.device, Captures] = {}
@@ -180,7 +182,8 @@ class Sampler:
         Needed where something changed that a captured graph cannot see: a tensor replaced in a
         closure or an attribute of the network that is no module.
         """
-        self._run = None
+        self._run = self._adjoint = None
+        self._backward.clear()
         self._met.clear()
         for captures in self._captures.values():
             captures.clear()
@@ -357,11 +360,17 @@ class Sampler:
                 f"sample: a run with gradient={self._gradient!r} takes no callback=, progress=, "
                 "check= or out=. Leave them out, or sample under torch.no_grad()."
             )
+        captures = None
         if self._graph is not None and self._graph.mode != "auto":
-            raise NotImplementedError(
-                f"sample: gradients are not captured; got graph={self._graph.mode!r} and "
-                f"gradient={self._gradient!r}. Use graph=None."
-            )
+            if self._graph.mode == "stage" or self._gradient == "backprop":
+                raise NotImplementedError(
+                    'sample: a gradient is captured as a loop (graph="loop"), and not through '
+                    f'"backprop"; got graph={self._graph.mode!r} and gradient={self._gradient!r}. '
+                    "Use graph=None."
+                )
+            self._mode(x.device, watched=False)
+            self._check_captured(x)
+            captures = self._captures_on(x.device)
         if xi is not None and any(z.requires_grad for z in xi):
             raise ValueError(
                 "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
@@ -393,7 +402,8 @@ class Sampler:
 
         params = parameters_of(self._network, self._params)
         combined = self._conditioning(cond, x.shape[0])
-        return differentiable(self, self._gradient, params, x, combined, extras, fill)
+        given = (params, x, combined, extras, fill, captures)
+        return differentiable(self, self._gradient, *given)
 
     # -- before the loop -------------------------------------------------------------------------
 
@@ -588,27 +598,16 @@ class Sampler:
         assert self._graph is not None
         plan, kind = self._plan, self._kind(x)
         automatic, by_stage = mode == "auto", mode == "stage"
-        served = (*kind[:2], x.device)
-        if served not in self._serving:
-            self._serving[served] = backends.choose(self._backend, *served).name
-        if self._serving[served] == "torch":
-            if automatic:
-                return None
-            raise ValueError(
-                "sample: a captured loop reads its table on the device; the torch backend, which "
-                "serves here, keeps it on the host. fastdiff.backends.status() says what keeps the "
-                "others away; or use graph=None."
-            )
+        if automatic and self._serving_name(x) == "torch":
+            return None
+        self._check_captured(x)
         try:
             described, leaves = flatten(cond)
         except TypeError:
             if automatic:
                 return None
             raise
-        if x.device not in self._captures:
-            capturer = CAPTURERS[x.device.type]
-            self._captures[x.device] = Captures(self._graph, capturer, x.device)
-        captures = self._captures[x.device]
+        captures = self._captures_on(x.device)
         shape = torch.Size((self._graph.bucket(x.shape[0]), *x.shape[1:]))
         structure = (plan.extras, self._plain, plan.structure[3:]) if by_stage else plan.structure
         key = (shape, x.device, *kind, by_stage, structure, described, captures.environment())
@@ -647,10 +646,33 @@ class Sampler:
             held = (*vars(run.registers).values(), run.times, run.table, *run.cond)
             entry = Entry(run, Weights(self._network), bytes_of(held))
             bodies = self._bodies(run, rebuild(cond, iter(run.cond)), by_stage)
-            result = run.registers.x[: len(x)]
+            result = functools.partial(torch.narrow, run.registers.x, 0, 0, len(x))
             captures.capture(bodies, functools.partial(whole, run), result, entry)
             kept = captures.add(key, entry)
         return run
+
+    def _serving_name(self, x: torch.Tensor) -> str:
+        """The backend of a run."""
+        served = (*self._kind(x)[:2], x.device)
+        if served not in self._serving:
+            self._serving[served] = backends.choose(self._backend, *served).name
+        return self._serving[served]
+
+    def _check_captured(self, x: torch.Tensor) -> None:
+        """Raises where the backend of a run cannot be captured."""
+        if self._serving_name(x) == "torch":
+            raise ValueError(
+                "sample: a captured loop reads its table on the device; the torch backend, which "
+                "serves here, keeps it on the host. fastdiff.backends.status() says what keeps the "
+                "others away; or use graph=None."
+            )
+
+    def _captures_on(self, device: torch.device) -> Captures:
+        """The captures of a device."""
+        assert self._graph is not None
+        if device not in self._captures:
+            self._captures[device] = Captures(self._graph, CAPTURERS[device.type], device)
+        return self._captures[device]
 
     def _bodies(
         self, run: _Run, cond: Any, by_stage: bool

@@ -2,8 +2,10 @@
 """Gradients of samples: exact where they say so, of the order they claim, and in flat memory."""
 
 import gc
+import importlib.util
 import itertools
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff as fd
-from fastdiff import backends
+from fastdiff import backends, graphs
 
 VP = fd.schedules.VPLinear()
 F64 = torch.float64
@@ -532,7 +534,9 @@ def test_tensors_that_nobody_named_are_refused(net):
         ({"params": {"a": torch.ones(3)}}, TypeError, r"params=d\.values\(\)"),
         ({"callback": print}, ValueError, "takes no callback="),
         ({"out": torch.empty(3, 5)}, ValueError, "takes no callback="),
-        ({"graph": "loop"}, NotImplementedError, "graph=None"),
+        ({"graph": "loop"}, ValueError, "captured on cuda; got x on cpu"),
+        ({"graph": "stage"}, NotImplementedError, 'graph="loop"'),
+        ({"graph": "loop", "gradient": "backprop"}, NotImplementedError, "graph=None"),
         ({"plan": plan_of("ddpm")}, ValueError, "draws noise"),
         ({"xi": torch.randn(6, 3, 5)}, NotImplementedError, "seed="),
         ({"xi": torch.randn(6, 3, 5, requires_grad=True)}, ValueError, "has no gradient"),
@@ -760,6 +764,108 @@ def test_a_schedule_may_be_given_for_a_loaded_plan():
     assert apart(flow_gradients(loaded, fd.AdjointDEIS(2, schedule=VP)), expected) == 0.0
 
 
+# -- captured --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    path = Path(__file__).with_name("recording.py")
+    spec = importlib.util.spec_from_file_location("recording", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.Recorder()
+    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
+    return made
+
+
+needs_core = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+GRADIENTS = pytest.mark.parametrize(
+    "gradient",
+    [
+        fd.Discrete(),
+        fd.AdjointDEIS(2),
+        fd.AdjointDEIS(1, published=True),
+    ],
+)
+
+
+@needs_core
+@GRADIENTS
+@pytest.mark.parametrize("solver", ["deis-3", "dpm-2"])
+def test_a_captured_gradient_equals_the_eager_one(net, recorder, solver, gradient):
+    plan = plan_of(solver)
+    sampler = fd.Sampler(net, plan, gradient=gradient, graph="loop")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, y, weights = torch.randn(3, 5, dtype=F64), torch.randn(3, dtype=F64), torch.randn(3, 5)
+        results = []
+        for run in (fd.Sampler(net, plan, gradient=gradient), sampler):
+            own = [v.clone().requires_grad_() for v in (x, y)]
+            net.zero_grad()
+            out = run(own[0], {"y": own[1]})
+            (out * weights).sum().backward()
+            results.append([out.detach(), *(v.grad for v in own), net.linear.weight.grad.clone()])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+        with torch.no_grad():
+            net.linear.weight.mul_(0.9)  # in place: the graphs read it where it lies
+    stats = sampler.stats()
+    assert (stats.captures, stats.replays) == (1, 2 + 3 * 2)  # one pair to compare with
+
+
+@needs_core
+def test_a_captured_gradient_is_not_the_buffer_it_was_made_in(net, recorder):
+    sampler = fd.Sampler(net, plan_of(), gradient="discrete", graph="loop")
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    sampler(x).sum().backward()
+    kept = net.linear.weight.grad, x.grad
+    copies = [g.clone() for g in kept]
+    other = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    torch.autograd.grad((sampler(other) ** 2).sum(), other)
+    for g, c in zip(kept, copies, strict=True):
+        assert torch.equal(g, c)
+
+
+@needs_core
+def test_states_of_another_captured_run_are_not_taken(net, recorder):
+    sampler = fd.Sampler(net, plan_of(), gradient="discrete", graph="loop")
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    first = sampler(x)
+    second = sampler(x)
+    with pytest.raises(RuntimeError, match=r"after the sampler was called again"):
+        first.sum().backward()
+    second.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@needs_core
+def test_what_a_captured_gradient_depends_on_is_in_its_key(net, recorder):
+    sampler = fd.Sampler(net, plan_of(), gradient="discrete", graph="loop")
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    sampler(x).sum().backward()
+    sampler(x.detach()).sum().backward()  # parameters alone
+    sampler.set_plan(plan_of("ddim"))
+    got = torch.autograd.grad(sampler(x).sum(), x)[0]
+    expected = fd.sample(net, x, plan_of("ddim"), gradient="discrete")
+    torch.testing.assert_close(got, torch.autograd.grad(expected.sum(), x)[0])
+    assert sampler.stats().captures == 3
+
+
+@needs_core
+def test_a_captured_network_that_draws_is_refused(recorder):
+    class Dropped(Net):
+        def forward(self, x, t, y=None):
+            return nn.functional.dropout(super().forward(x, t, y), 0.3, self.training)
+
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    sampler = fd.Sampler(Dropped().double().train(), plan_of(), gradient="discrete", graph="loop")
+    with pytest.raises(NotImplementedError, match=r"draws at stage 0.*graph=None"):
+        sampler(x)
+    sampler = fd.Sampler(Net().double(), plan_of(), gradient=fd.Discrete(2), graph="loop")
+    with pytest.raises(NotImplementedError, match="checkpoint=None"):
+        sampler(x)
+
+
 # -- on a GPU --------------------------------------------------------------------------------------
 
 
@@ -776,3 +882,22 @@ def test_gpu_discrete_is_backpropagation(net, solver, backend):
         grads.append(torch.autograd.grad(out.sum(), (x, net.linear.weight)))
     assert apart(grads[1], grads[0]) < 1e-10
     assert apart(grads[2], grads[0]) < 1e-10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("gradient", [fd.Discrete(), fd.AdjointDEIS(2)])
+def test_gpu_a_captured_gradient_equals_the_eager_one(net, gradient, backend):
+    net, plan = net.cuda(), plan_of("deis-3")
+    sampler = fd.Sampler(net, plan, gradient=gradient, graph="loop", backend=backend)
+    eager = fd.Sampler(net, plan, gradient=gradient, graph=None, backend=backend)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, weights = torch.randn(3, 5, dtype=F64).cuda(), torch.randn(3, 5).cuda()
+        results = []
+        for run in (eager, sampler):
+            own = x.clone().requires_grad_()
+            wanted = (own, net.linear.weight)
+            results.append(torch.autograd.grad((run(own) * weights).sum(), wanted))
+        assert apart(results[1], results[0]) < 1e-10
+    assert sampler.stats().captures == 1
