@@ -624,7 +624,8 @@ LEVELS = [(1e-7, 1e-3), (0.5, 2.0), (0.9, 1e-3), (0.995, 1.0), (1.0, 1e-3)]
 @FUSES
 def test_a_threshold_gives_the_bits_of_the_compiled_core(device, state, size):
     out = magnitudes_of_all_kinds(np.random.default_rng(size), size, state)
-    for level in LEVELS:
+    # the interpreter takes a second for each
+    for level in LEVELS if device == "cuda" else LEVELS[size % 3 :: 3]:
         wanted, got = thresholded("cpu", out, *level), thresholded("triton", out, *level, device)
         number = ~wanted.isnan()
         assert raw(got[number]) == raw(wanted[number]), level
@@ -634,7 +635,7 @@ def test_a_threshold_gives_the_bits_of_the_compiled_core(device, state, size):
 @pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize("state", [F32, F64], ids=["float32", "float64"])
 def test_a_threshold_is_the_quantile_of_each_sample(device, state):
-    for size, (quantile, floor) in itertools.product((2, 2500), LEVELS[1:4]):
+    for size, (quantile, floor) in ((2, LEVELS[1]), (2, LEVELS[2]), (1500, LEVELS[3])):
         out = magnitudes_of_all_kinds(np.random.default_rng(size), size, state)[:5]
         s = torch.quantile(out.double().abs(), quantile, dim=1).clamp(min=floor).to(state)[:, None]
         wanted = out.clamp(-s, s) / s
