@@ -18,7 +18,7 @@ from . import backends, grids, models, noise, schedules, solvers
 from .batcher import Batcher
 from .gradients import AdjointDEIS, Discrete
 from .graphs import Graph
-from .guidance import CFG
+from .guidance import CFG, PerStage
 from .plan import Plan, Stage
 from .sampler import Sampler, sample
 from .solvers import plan
@@ -31,6 +31,7 @@ __all__ = [
     "Batcher",
     "Discrete",
     "Graph",
+    "PerStage",
     "Plan",
     "Sampler",
     "Stage",

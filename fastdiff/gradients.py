@@ -23,7 +23,7 @@ from . import backends
 from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
 from .graphs import Captures, Entry, Weights, flatten, rebuild
-from .guidance import CFG
+from .guidance import CFG, PerStage, at_stage, varies
 from .plan import AT_E, EVALUATE, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
 from .solvers.base import Rows
@@ -221,6 +221,7 @@ class Trace:
     def _loop(self, run: Any, steps: Iterable[int], kept: list[torch.Tensor], first: bool) -> None:
         """Runs stages and keeps what the gradient asks for. `first`: not a segment made anew."""
         arguments, keywords = _arguments(self.cond)
+        changes = varies(self.cond)
         gradient, registers = self.gradient, run.registers
         segment = gradient.checkpoint if isinstance(gradient, Discrete) else None
         unseen = first
@@ -239,6 +240,8 @@ class Trace:
                     kept.append(given.clone())
                     if stage.clip is not None or stage.threshold is not None:
                         kept.append(point.clone())
+                if changes:
+                    arguments, keywords = _arguments(at_stage(self.cond, i))
                 version = given._version
                 with self._as_drawn(i, first), torch.set_grad_enabled(unseen):
                     out = self.network(given, self.times[i], *arguments, **keywords)
@@ -374,6 +377,7 @@ class _Sweep:
             return self._own.setdefault(id(tensor), tensor.detach().requires_grad_())
 
         self.cond = rebuild(trace.cond, iter([own(t) for t in held]))
+        self._staged = {id(t.values) for t in _staged(trace.cond)}
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Of the named tensors, in their dtypes."""
@@ -404,7 +408,11 @@ class _Sweep:
     ) -> torch.Tensor | None:
         """One evaluation and its vector-Jacobian product; `cotangent(output)` gives the vector."""
         trace = self.trace
-        arguments, keywords = _arguments(self.cond)
+        slices: dict[int, torch.Tensor] = {}
+        cond = self.cond
+        if self._staged:
+            cond, slices = self._at(i)
+        arguments, keywords = _arguments(cond)
         leaf = given.detach().requires_grad_(needs_x)
         version = leaf._version
         with trace._as_drawn(i, first=False), trace.autocast(), torch.enable_grad():
@@ -412,17 +420,37 @@ class _Sweep:
         if leaf._version != version:
             raise RuntimeError("sample: the network wrote to its input in place. Clone it first.")
         vector = cotangent(out.detach())
-        named = [self._own.get(id(trace.named[k]), trace.named[k]) for k in self._network_inputs]
+        own = {**self._own, **slices}
+        named = [own.get(id(trace.named[k]), trace.named[k]) for k in self._network_inputs]
         inputs = ([leaf] if needs_x else []) + named
         if not inputs or not out.requires_grad:
             return torch.zeros_like(given) if needs_x else None
         with torch.no_grad():
             found = torch.autograd.grad(out, inputs, vector.to(out.dtype), allow_unused=True)
         for k, gradient in zip(self._network_inputs, found[int(needs_x) :], strict=True):
-            self.add(k, gradient, weight)
+            if id(trace.named[k]) in slices and gradient is not None:
+                if self.totals[k] is None:
+                    self.totals[k] = torch.zeros_like(trace.named[k])
+                self.totals[k][i].add_(gradient, alpha=weight)  # type: ignore[index]
+            else:
+                self.add(k, gradient, weight)
         if not needs_x:
             return None
         return torch.zeros_like(given) if found[0] is None else found[0]
+
+    def _at(self, i: int) -> tuple[Any, dict[int, torch.Tensor]]:
+        """The conditioning at stage i, and a leaf for each tensor with one entry a stage."""
+        slices: dict[int, torch.Tensor] = {}
+        for staged in _staged(self.trace.cond):
+            value = staged.values[i].detach().requires_grad_(staged.values.requires_grad)
+            slices[id(staged.values)] = value
+
+        def take(now: Any, whole: Any) -> Any:
+            if isinstance(whole, Mapping):
+                return {key: take(now[key], value) for key, value in whole.items()}
+            return slices[id(whole.values)] if isinstance(whole, PerStage) else now
+
+        return take(at_stage(self.cond, i), self.trace.cond), slices
 
     def weighed(self, m: torch.Tensor, i: int) -> torch.Tensor:
         """The cotangents of the branches: w_g of each, in place."""
@@ -683,6 +711,8 @@ def differentiable(
     plan, guidance = sampler._plan, sampler._guidance
     if isinstance(gradient, AdjointDEIS):
         check_continuous(gradient, plan, guidance)
+        if varies(cond):
+            gradient = _on_the_plans_times(gradient, plan)
     held = tensors_in(cond)
     named = (*params, *held, *extras)
     needs = tuple(tensor.requires_grad for tensor in (x, *named))
@@ -795,6 +825,22 @@ def check_continuous(gradient: AdjointDEIS, plan: Plan, guidance: CFG | None) ->
             "or leave it out."
         )
     _nodes(gradient, schedule, plan)
+
+
+def _on_the_plans_times(gradient: AdjointDEIS, plan: Plan) -> AdjointDEIS:
+    """The adjoint on the plan's own times, where a conditioning has one value a stage.
+
+    Raises:
+        NotImplementedError: It stands on others, or a stage of the plan stands between its times.
+    """
+    same = gradient.steps in (None, plan.steps) and gradient.grid in (None, plan.times)
+    if not same or gradient.published or [s.t for s in plan.stages] != [*plan.times[:-1]]:
+        raise NotImplementedError(
+            "AdjointDEIS: a PerStage has values at the stages alone, so the adjoint stands on the "
+            f"plan's own times, with one stage a step; got {gradient}. Leave steps, grid and "
+            'published out, or use gradient="discrete".'
+        )
+    return gradient if plan.stochastic else replace(gradient, grid=plan.times)
 
 
 def schedule_of(gradient: AdjointDEIS, plan: Plan) -> Schedule:
@@ -1107,6 +1153,8 @@ def tensors_in(cond: Any) -> list[torch.Tensor]:
     """The tensors of a conditioning, in the order in which `rebuild` asks for them."""
     if isinstance(cond, torch.Tensor):
         return [cond]
+    if isinstance(cond, PerStage):
+        return [cond.values]
     if isinstance(cond, Mapping):
         return [tensor for value in cond.values() for tensor in tensors_in(value)]
     if isinstance(cond, list | tuple):
@@ -1136,6 +1184,13 @@ def parameters_of(network: Any, params: Any) -> tuple[torch.Tensor, ...]:
             named += given
     unique = {id(tensor): tensor for tensor in named if tensor.requires_grad}
     return tuple(unique.values())
+
+
+def _staged(cond: Any) -> list[PerStage]:
+    """The entries of a conditioning that have one value a stage."""
+    if isinstance(cond, Mapping):
+        return [staged for value in cond.values() for staged in _staged(value)]
+    return [cond] if isinstance(cond, PerStage) else []
 
 
 def _check_named(out: torch.Tensor, named: Sequence[torch.Tensor]) -> None:

@@ -26,6 +26,8 @@ from typing import Any, Protocol
 
 import torch
 
+from .guidance import PerStage
+
 MODES = ("auto", "loop", "stage")
 
 # One capture at a time in a process: PyTorch's allocator routes memory for one.
@@ -266,6 +268,8 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
             tensors.append((value, rows))
             shape = tuple(value.shape[1:] if rows else value.shape)
             return rows, shape, value.dtype, value.device
+        if isinstance(value, PerStage):  # whole: a graph reads one stage of it after another
+            return PerStage, walk(value.values, where, False)
         if isinstance(value, Mapping):
             return (type(value), *((k, walk(v, f"{where}[{k!r}]", rows)) for k, v in value.items()))
         if isinstance(value, list | tuple):
@@ -286,6 +290,8 @@ def rebuild(cond: Any, tensors: Iterator[torch.Tensor]) -> Any:
     """The conditioning with its tensors replaced, in the order of `flatten`."""
     if isinstance(cond, torch.Tensor):
         return next(tensors)
+    if isinstance(cond, PerStage):
+        return PerStage(next(tensors))
     if isinstance(cond, Mapping):
         return {key: rebuild(value, tensors) for key, value in cond.items()}
     if isinstance(cond, list | tuple):

@@ -126,9 +126,55 @@ class CFG:
         return 1.0 - scale, scale
 
 
+@dataclass(frozen=True, eq=False)
+class PerStage:
+    """Conditioning that changes along the run: an entry of `cond` with one value a stage.
+
+    Args:
+        values: [S, B, ...]: the network is given `values[i]` at stage i of the plan.
+    """
+
+    values: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, torch.Tensor) or self.values.ndim < 2:
+            got = tuple(self.values.shape) if isinstance(self.values, torch.Tensor) else self.values
+            raise ValueError(
+                f"PerStage: values is a tensor [S, B, ...], one entry a stage; got {got!r}."
+            )
+
+
+def varies(cond: Any) -> bool:
+    """Whether a (nested) dict holds a `PerStage`."""
+    if isinstance(cond, Mapping):
+        return any(varies(value) for value in cond.values())
+    return isinstance(cond, PerStage)
+
+
+def at_stage(cond: Any, i: int) -> Any:
+    """The conditioning at stage i."""
+    if isinstance(cond, Mapping):
+        return {key: at_stage(value, i) for key, value in cond.items()}
+    return cond.values[i] if isinstance(cond, PerStage) else cond
+
+
+def check_stages(cond: Any, stages: int, where: str = "cond") -> None:
+    """Raises unless every `PerStage` has one entry a stage."""
+    if isinstance(cond, Mapping):
+        for key, value in cond.items():
+            check_stages(value, stages, f"{where}[{key!r}]")
+    elif isinstance(cond, PerStage) and len(cond.values) != stages:
+        raise ValueError(
+            f"sample: a PerStage has one entry a stage of the plan, {stages} here; got {where} of "
+            f"shape {tuple(cond.values.shape)}."
+        )
+
+
 def check_batch(cond: Any, batch: int, where: str = "cond") -> None:
     """Raises unless every tensor in a (nested) dict has `batch` samples in its first dimension."""
-    if isinstance(cond, Mapping):
+    if isinstance(cond, PerStage):
+        check_batch(cond.values[0], batch, f"one stage of {where}")
+    elif isinstance(cond, Mapping):
         for key, value in cond.items():
             check_batch(value, batch, f"{where}[{key!r}]")
     elif isinstance(cond, torch.Tensor) and (cond.ndim == 0 or cond.shape[0] != batch):
@@ -163,6 +209,23 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
             key: batched(value, uncond.get(key, _shared(value)), batch, f"{where}[{key!r}]")
             for key, value in cond.items()
         }
+    if isinstance(cond, PerStage):
+        stages = len(cond.values)
+        if not isinstance(uncond, PerStage):
+            if isinstance(uncond, torch.Tensor) and uncond.ndim:
+                uncond = uncond.expand(stages, *uncond.shape)
+        elif len(uncond.values) != stages:
+            raise ValueError(
+                f"CFG: where cond has a PerStage of {stages} stages uncond has one of as many, a "
+                f"tensor or a number; got {len(uncond.values)} for {where}."
+            )
+        else:
+            uncond = uncond.values
+        each = [
+            batched(value, uncond[i] if isinstance(uncond, torch.Tensor) else uncond, batch, where)
+            for i, value in enumerate(cond.values)
+        ]
+        return PerStage(torch.stack(each))
     if isinstance(cond, torch.Tensor):
         if uncond is cond:
             other = cond

@@ -14,7 +14,7 @@ import torch
 
 from . import noise
 from .backends.torch import threshold
-from .guidance import CFG, batched
+from .guidance import CFG, at_stage, batched
 from .plan import Plan, Stage
 
 Constants = tuple[int, tuple[tuple[Any, ...], ...]]
@@ -73,8 +73,6 @@ def sample(
     told = torch.float64 if dtype == torch.float64 else torch.float32
     if guidance is not None and copies > 1:
         cond = batched(cond, guidance.uncond, batch)
-    arguments = () if cond is None or isinstance(cond, Mapping) else (cond,)
-    keywords = cond if isinstance(cond, Mapping) else {}
     state = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     registers = [torch.as_tensor(r).to(state).expand(x.shape) for r in extras]
     seeds: Any = None
@@ -93,7 +91,13 @@ def sample(
             if copies > 1:
                 given = torch.cat([given] * copies)
             time = torch.full((copies * batch,), model_time, dtype=told, device=x.device)
-            out = network(given, time, *arguments, **keywords)
+            now = at_stage(cond, i)
+            if now is None:
+                out = network(given, time)
+            elif isinstance(now, Mapping):
+                out = network(given, time, **now)
+            else:
+                out = network(given, time, now)
             if out.shape != given.shape:
                 raise ValueError(
                     f"sample: stage {i}: the network returns its input's shape, "

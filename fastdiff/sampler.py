@@ -28,7 +28,7 @@ from .gradients import (
     parameters_of,
 )
 from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, Weights, flatten, rebuild
-from .guidance import CFG, batched, check_batch
+from .guidance import CFG, PerStage, at_stage, batched, check_batch, check_stages, varies
 from .plan import AT_E, Layout, Plan
 from .schedules import prediction_name
 
@@ -227,7 +227,8 @@ class Sampler:
                 makes one). It is left as it is. B = 0 is legal and calls no network.
             cond: Conditioning: a (nested) dict of tensors with B entries each, passed to the
                 network by keyword, or anything else it takes as a third argument. Tensors inside
-                tuples and other objects are passed as they are.
+                tuples and other objects are passed as they are. A `fastdiff.PerStage` holds one
+                value a stage.
             seed: For plans with noise: an integer s (samples use s, s + 1, ..) or one a sample.
             xi: Noise given instead of drawn: one tensor like x for each stage.
             extras: The plan's read-only input registers, each broadcastable to x.
@@ -273,8 +274,8 @@ class Sampler:
                 steps: Iterable[int] = range(len(self._plan.stages))
                 if progress:
                     steps = _bar(steps)
-                if watched or not self._plain:
-                    self._observed(run, steps, *arguments_of(cond), xi, callback)
+                if watched or not self._plain or varies(cond):
+                    self._observed(run, steps, cond, xi, callback)
                 else:
                     self._loop(run, steps, *arguments_of(cond))
             if out is None:
@@ -302,13 +303,16 @@ class Sampler:
         self,
         run: _Run,
         steps: Iterable[int],
-        arguments: tuple[Any, ...],
-        keywords: Mapping[str, Any],
+        cond: Any,
         xi: Any,
         callback: Callback | None,
     ) -> None:
         """The loop with all that a run may be asked for beside speed."""
+        arguments, keywords = arguments_of(cond)
+        changes = varies(cond)
         for i in steps:
+            if changes:
+                arguments, keywords = arguments_of(at_stage(cond, i))
             stage = self._plan.stages[i]
             output = None
             if stage.evaluate:
@@ -424,6 +428,7 @@ class Sampler:
         if self._check and not bool(torch.isfinite(x).all()):
             raise ValueError("sample: x is finite; got NaN or infinity in it.")
         check_batch(cond, x.shape[0])
+        check_stages(cond, len(self._plan.stages))
         if self._gradient is not None and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 f"sample: nothing can be differentiated in inference mode; got "
@@ -607,8 +612,14 @@ class Sampler:
             if automatic:
                 return None
             raise
+        if by_stage and varies(cond):
+            raise NotImplementedError(
+                'sample: a captured stage is one for all stages; got a PerStage and graph="stage". '
+                'Use graph="loop" or None.'
+            )
         captures = self._captures_on(x.device)
-        shape = torch.Size((self._graph.bucket(x.shape[0]), *x.shape[1:]))
+        size = x.shape[0] if varies(cond) else self._graph.bucket(x.shape[0])
+        shape = torch.Size((size, *x.shape[1:]))
         structure = (plan.extras, self._plain, plan.structure[3:]) if by_stage else plan.structure
         key = (shape, x.device, *kind, by_stage, structure, described, captures.environment())
         if automatic and key not in self._met:
@@ -684,10 +695,10 @@ class Sampler:
 
             def loop() -> None:
                 self._first_input(run)
-                if self._plain:
+                if self._plain and not varies(cond):
                     self._loop(run, steps, arguments, keywords)
                 else:
-                    self._observed(run, steps, arguments, keywords, None, None)
+                    self._observed(run, steps, cond, None, None)
 
             return {None: loop}
         given, clock, time = run.registers.m, run.clock, run.time
@@ -938,6 +949,8 @@ def network_dtype(network: Any) -> torch.dtype | None:
 def _requiring_grad(cond: Any, where: str = "cond") -> list[str]:
     if isinstance(cond, Mapping):
         return [w for k, v in cond.items() for w in _requiring_grad(v, f"{where}[{k!r}]")]
+    if isinstance(cond, PerStage):
+        return _requiring_grad(cond.values, where)
     return [where] if isinstance(cond, torch.Tensor) and cond.requires_grad else []
 
 

@@ -343,6 +343,28 @@ def test_nested_conditioning_and_tensors_inside_tuples(net):
     assert apart(results[1], results[0]) < 1e-12
 
 
+@pytest.mark.parametrize("solver", ["deis-3", "dpm-2", "ddpm"])
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_each_stage_of_a_changing_conditioning_has_its_gradient(net, solver, scale):
+    plan = plan_of(solver)
+    guidance = None if scale is None else fd.CFG(scale, uncond={"y": 0.0})
+    results = []
+    for gradient in ("backprop", "discrete", fd.Discrete(checkpoint=2)):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, 5, generator=generator, dtype=F64)
+        values = torch.randn(
+            len(plan.stages), 3, generator=generator, dtype=F64, requires_grad=True
+        )
+        cond = {"y": fd.PerStage(values)}
+        out = fd.sample(
+            *(net, x, plan), cond=cond, gradient=gradient, guidance=guidance, seed=1
+        )  # fmt: skip
+        results.append(torch.autograd.grad(out.square().sum(), values)[0])
+    assert bool((results[0].flatten(1).norm(dim=1) > 0).all())
+    assert apart(results[1:2], results[:1]) < 1e-10
+    assert apart(results[2:], results[:1]) < 1e-10
+
+
 def test_a_sampler_may_run_again_before_backward(net):
     plan, other = plan_of("ddpm"), plan_of("ddim", 6)
     for gradient in (fd.Discrete(), fd.Discrete(checkpoint=2)):
@@ -696,6 +718,36 @@ def test_on_its_own_rows_the_adjoint_is_the_discrete_gradient():
         plan = fd.plan(VP, name, 12, grid="logsnr", **ENDS)
         expected = flow_gradients(plan, "discrete")
         assert apart(flow_gradients(plan, fd.AdjointDEIS(order, form)), expected) < 1e-12
+
+
+def test_a_changing_conditioning_sums_to_a_constant_ones_gradient(fine):
+    plan, _ = fine
+    coarse = fd.plan(VP, "dpmpp-3m", 40, grid="logsnr", **ENDS)
+    network = Mixture()
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(3), dtype=F64)
+    psi = torch.linspace(0.5, 1.5, 41, dtype=F64)[:-1, None]  # of time, smooth
+    z = torch.zeros(40, 16, dtype=F64, requires_grad=True)
+    out = fd.sample(
+        *(network, x, coarse), cond={"z": fd.PerStage(z)}, gradient=fd.AdjointDEIS(2)
+    )  # fmt: skip
+    (got,) = torch.autograd.grad(out.sum(), z)
+    constant = torch.zeros(16, dtype=F64, requires_grad=True)
+    out = fd.sample(network, x, plan, cond={"z": constant}, gradient="discrete")
+    (expected,) = torch.autograd.grad(out.sum(), constant)
+    assert apart([got.sum(0)], [expected]) < 0.03
+    # against a function of time: the gradient along z(t) = r psi(t)
+    stages = len(plan.stages)
+    wide = torch.linspace(0.5, 1.5, stages + 1, dtype=F64)[:-1, None]
+    r = torch.zeros(16, dtype=F64, requires_grad=True)
+    cond = {"z": fd.PerStage(wide * r)}
+    (expected,) = torch.autograd.grad(
+        fd.sample(network, x, plan, cond=cond, gradient="discrete").sum(), r
+    )
+    assert apart([(psi * got).sum(0)], [expected]) < 0.03
+    with pytest.raises(NotImplementedError, match="the plan's own times"):
+        fd.sample(
+            *(network, x, coarse), cond={"z": fd.PerStage(z)}, gradient=fd.AdjointDEIS(2, steps=20)
+        )  # fmt: skip
 
 
 def test_along_drawn_noise_the_network_counts_twice():

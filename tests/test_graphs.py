@@ -190,6 +190,18 @@ def test_seeds_are_inputs(recorder):
     assert sampler.stats().captures == 1
 
 
+@needs_core
+def test_conditioning_with_one_value_a_stage_is_captured(recorder):
+    plan = plan_of()
+    sampler = fd.Sampler(network, plan, graph=fd.Graph("loop", buckets=(4,)))
+    for _ in range(2):
+        x, cond = torch.randn(3, 5), {"y": fd.PerStage(torch.randn(6, 3))}
+        assert torch.equal(sampler(x, cond), fd.sample(network, x, plan, cond=cond))
+    assert sampler.stats().captures == 1
+    with pytest.raises(NotImplementedError, match=r'PerStage.*graph="loop"'):
+        fd.Sampler(network, plan, graph="stage")(x, cond)
+
+
 # -- one capture, many plans -----------------------------------------------------------------------
 
 

@@ -61,9 +61,15 @@ def test_a_run_is_the_plans_formulas(solver, backend):
     torch.testing.assert_close(got, literal(plan, network, x, draw), rtol=1e-12, atol=1e-12)
 
 
-@THRESHOLDS
 @pytest.mark.parametrize(
-    "solver", [n for n in fd.solvers.names() if "clip" in fd.solvers.info(n).options]
+    ("solver", "backend"),
+    [
+        (name, backend)
+        for name in fd.solvers.names()
+        for backend in BACKENDS
+        # the interpreter takes seconds for one
+        if "clip" in fd.solvers.info(name).options and (backend != "triton" or name == "dpmpp-2m")
+    ],
 )
 def test_a_thresholded_run_is_the_plans_formulas(solver, backend):
     plan = fd.plan(VP, solver, 6, prediction="v", threshold=(0.8, 0.3))
@@ -735,3 +741,56 @@ def test_bad_guidance_is_refused():
         fd.CFG(float("nan"))
     with pytest.raises(ValueError, match="real tensor"):
         fd.CFG(torch.ones(2, 2))
+
+
+# -- conditioning that changes along the run -------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["deis-3", "dpm-2"])
+def test_conditioning_may_have_one_value_a_stage(solver):
+    plan = fd.plan(VP, solver, 4, prediction="v", t_max=0.9)
+    stages = len(plan.stages)
+    x, values = torch.randn(3, 5), torch.randn(stages, 3)
+    seen = []
+
+    def net(x, t, y):
+        seen.append(y.clone())
+        return network(x, t, y=y)
+
+    def by_call(x, t):
+        return network(x, t, y=values[len(seen) % stages - 1])
+
+    got = fd.sample(net, x, plan, cond={"y": fd.PerStage(values)})
+    assert torch.equal(torch.stack(seen), values)
+    seen.clear()
+
+    def counted(x, t):
+        seen.append(1)
+        return by_call(x, t)
+
+    assert torch.equal(got, fd.sample(counted, x, plan))
+
+
+def test_conditioning_with_one_value_a_stage_is_guided():
+    plan = fd.plan(VP, "dpmpp-2m", 4, prediction="v", t_max=0.9)
+    x, y = torch.randn(3, 5), torch.randn(3)
+    same = fd.PerStage(y.expand(4, 3))
+    for uncond in (0.0, torch.zeros(3), fd.PerStage(torch.zeros(4, 3))):
+        guidance = fd.CFG(2.0, uncond={"y": uncond})
+        got = fd.sample(network, x, plan, cond={"y": same}, guidance=guidance)
+        plain = fd.CFG(2.0, uncond={"y": 0.0})
+        assert torch.equal(got, fd.sample(network, x, plan, cond={"y": y}, guidance=plain))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: fd.PerStage(torch.zeros(4)), r"\[S, B, ...\].*got \(4,\)"),
+        (lambda: fd.PerStage([1.0]), "got"),
+        (lambda: run(cond={"y": fd.PerStage(torch.zeros(3, 2))}), "one entry a stage of the plan"),
+        (lambda: run(cond={"y": fd.PerStage(torch.zeros(4, 3))}), r"one stage of cond\['y'\]"),
+    ],
+)
+def test_bad_values_a_stage_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
