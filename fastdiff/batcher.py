@@ -18,17 +18,19 @@ import torch
 
 from . import backends, noise
 from .backends.base import Registers
-from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, Weights, flatten, rebuild
-from .guidance import CFG, batched, check_batch
+from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, flatten, rebuild
+from .guidance import CFG, batched, check_batch, varies
 from .plan import Plan
 from .sampler import (
     Network,
     Seeds,
     arguments_of,
     bytes_of,
+    check_prediction,
     graph_of,
     network_dtype,
     nowhere,
+    output_problem,
     write_table,
 )
 
@@ -66,6 +68,8 @@ class Batcher:
         backend: str | None = None,
         graph: str | Graph | None = "auto",
     ) -> None:
+        if not callable(network):
+            raise TypeError(f"Batcher: network is callable as network(x, t); got {network!r}.")
         plans = (plans,) if isinstance(plans, Plan) else tuple(plans)
         if not plans or not all(isinstance(plan, Plan) for plan in plans):
             raise TypeError(f"Batcher: plans are fastdiff.Plan, at least one; got {plans!r}.")
@@ -75,6 +79,7 @@ class Batcher:
                     "Batcher: plans have one prediction and no extra registers; got "
                     f"{plan.prediction!r} beside {plans[0].prediction!r}, {plan.extras} extras."
                 )
+        check_prediction(network, plans[0])
         if guidance is not None and (
             not isinstance(guidance, CFG) or not isinstance(guidance.scale, float)
         ):
@@ -89,8 +94,11 @@ class Batcher:
             raise ValueError(f"Batcher: shape is [B, ...], all at least 1; got {tuple(shape)}.")
         device = torch.empty(0, device=device).device
         self._graph = graph_of(graph)
+        network_type = network_dtype(network) or dtype
+        serving = backends.choose(backend, dtype, network_type, device)
         if self._graph is not None and self._graph.mode == "auto":
-            self._graph = self._graph if device.type in CAPTURERS else None
+            captured = device.type in CAPTURERS and serving.name != "torch"
+            self._graph = self._graph if captured else None
         if self._graph is not None and self._graph.mode == "loop":
             raise ValueError('Batcher: one stage is captured; graph is "stage", "auto" or None.')
         if self._graph is not None and device.type not in CAPTURERS:
@@ -99,27 +107,34 @@ class Batcher:
                 "Use graph=None."
             )
         self._network, self._plans, self._guidance = network, plans, guidance
-        self._build(shape, dtype, device, backend)
-        self._cond = self._combined(cond)
         check_batch(cond, shape[0])
-        self._example = cond
-        described, leaves = flatten(self._cond)
-        self._described = described
+        self._build(shape, dtype, network_type, device, serving)
+        self._cond = self._combined(cond)
+        if varies(self._cond):
+            raise NotImplementedError(
+                "Batcher: places stand at different stages; got a PerStage. Give the conditioning "
+                "of a sample as a whole."
+            )
+        self._described, leaves = self._flat(self._cond)
         with torch.inference_mode(False):
             self._own = [leaf.detach().clone() for leaf, _ in leaves]
         self._rows = [rows for _, rows in leaves]
+        self._stream: Any = None
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
         self._captures: Captures | None = None
         if self._graph is not None:
             self._captures = Captures(self._graph, CAPTURERS[device.type], device)
 
     def _build(
-        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, backend: str | None
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        network: torch.dtype,
+        device: torch.device,
+        serving: backends.Backend,
     ) -> None:
         plans, batch = self._plans, shape[0]
         branches = 1 if self._guidance is None else self._guidance.branches
-        network = network_dtype(self._network) or dtype
-        serving = backends.choose(backend, dtype, network, device)
         if self._graph is not None and serving.name == "torch":
             raise ValueError(
                 "Batcher: a captured stage reads its table on the device; the torch backend keeps "
@@ -191,7 +206,7 @@ class Batcher:
             raise ValueError(
                 f"Batcher: x is one sample, {tuple(registers.x.shape[1:])}; got {got}."
             )
-        if not isinstance(plan, int) or not 0 <= plan < len(self._plans):
+        if not isinstance(plan, int) or isinstance(plan, bool) or not 0 <= plan < len(self._plans):
             raise ValueError(f"Batcher: plan is an index below {len(self._plans)}; got {plan!r}.")
         chosen = self._plans[plan]
         if chosen.stochastic and seed is None:
@@ -202,13 +217,17 @@ class Batcher:
             )
         seeds = None if seed is None else noise.seeds_tensor(seed, 1)
         check_batch(cond, 1)
-        described, leaves = flatten(self._combined(cond, 1))
-        if described != self._described:
+        described, leaves = self._flat(self._combined(cond, 1))
+        shared = zip(self._own, leaves, strict=False)
+        if described != self._described or not all(
+            rows or own is leaf or torch.equal(own, leaf) for own, (leaf, rows) in shared
+        ):
             raise ValueError(
                 "Batcher: a sample's conditioning has the structure, dtypes and numbers of the "
-                f"example; got {cond!r}."
+                f"example, and the same tensors inside tuples and lists; got {cond!r}."
             )
         place = self._left.index(0)
+        self._order()
         with torch.no_grad():
             registers.x[place].copy_(x)
             m = registers.m
@@ -237,6 +256,7 @@ class Batcher:
         """
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
+        self._order()
         with torch.no_grad():
             if self._captures is None:
                 self._advance(self._cond_of())
@@ -253,6 +273,27 @@ class Batcher:
 
     # -- one stage -------------------------------------------------------------------------------
 
+    def _order(self) -> None:
+        """Makes what follows wait for the call before, if it was on another stream."""
+        device = self._registers.x.device
+        capturer = CAPTURERS.get(device.type)
+        if capturer is None:
+            return
+        stream = capturer.stream(device)
+        if self._stream is not None and stream != self._stream:
+            capturer.follow(device, self._stream)
+        self._stream = stream
+
+    @staticmethod
+    def _flat(cond: Any) -> Any:
+        try:
+            return flatten(cond)
+        except TypeError:
+            raise TypeError(
+                "Batcher: conditioning is tensors, numbers and strings in dicts, lists and tuples, "
+                f"so that places can share one call; got {cond!r}."
+            ) from None
+
     def _combined(self, cond: Any, batch: int | None = None) -> Any:
         if self._branches == 1 or self._guidance is None:
             return cond
@@ -267,13 +308,19 @@ class Batcher:
             self._t[branch].copy_(self._t[0])
         arguments, keywords = arguments_of(cond)
         given = self._registers.m
+        assert given is not None
         output = self._network(given, self._t.view(-1), *arguments, **keywords)
-        self._run(0, output, None)
+        try:
+            self._run(0, output, None)
+        except (TypeError, ValueError, AttributeError) as error:
+            problem = output_problem(output, given)
+            if problem is None:
+                raise
+            raise type(error)(f"Batcher: {problem}") from None
         torch.index_select(self._following, 0, self._stage_index, out=self._next)
         self._stage_index.copy_(self._next)
 
     def _replay(self, captures: Captures) -> None:
-        captures.enter()
         key = captures.environment()
         entry = captures.get(key)
         if entry is not None:
@@ -283,17 +330,21 @@ class Batcher:
         live = [r.x, r.e, r.history, r.m, self._stage_index]
         kept = [(t, t.clone()) for t in live if t is not None]
 
-        def whole(step: Callable[[bool | None], None]) -> None:
+        def restore() -> None:
             for tensor, value in kept:
                 tensor.copy_(value)
+
+        def whole(step: Callable[[Any], None]) -> None:
+            restore()
             step(None)
 
-        entry = Entry(None, Weights(self._network), bytes_of(live))
         body = functools.partial(self._advance, self._cond_of())
         try:
-            captures.capture({None: body}, whole, lambda: r.x, entry)
+            done = False
+            while not done:
+                entry = Entry(self, bytes_of(live))
+                captures.capture({None: body}, whole, lambda: r.x, entry, self._network)
+                done = captures.add(key, entry)
         except BaseException:
-            for tensor, value in kept:  # no sample has moved
-                tensor.copy_(value)
+            restore()  # no sample has moved
             raise
-        captures.add(key, entry)

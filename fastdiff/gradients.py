@@ -22,7 +22,7 @@ import torch
 from . import backends
 from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
-from .graphs import Captures, Entry, Weights, flatten, rebuild
+from .graphs import Captures, Entry, flatten, rebuild
 from .guidance import CFG, PerStage, at_stage, varies
 from .plan import AT_E, EVALUATE, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
@@ -587,6 +587,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
         _check_once()
         _check_versions(ctx.trace.named, ctx.trace.versions)
+        ctx.trace.sampler._order(cotangent.device)
         return None, *ctx.trace.backward(cotangent, ctx.saved_tensors)
 
 
@@ -673,7 +674,7 @@ class _CapturedFunction(torch.autograd.Function):
                 "sample: a captured run keeps the states of its last call alone; got backward() "
                 "after the sampler was called again. Call backward() first, or use graph=None."
             )
-        ctx.captures.enter()
+        captured.trace.sampler._order(cotangent.device)
         captured.cotangent.copy_(cotangent)
         ctx.captures.launch(ctx.entry, "backward")
         found = [
@@ -736,7 +737,6 @@ def differentiable(
     ids = tuple(map(id, params))
     made_for = (gradient, plan.handle, id(guidance), x.shape, x.dtype, needs, ids, described)
     key = (*made_for, captures.environment())
-    captures.enter()
     entry = captures.get(key)
     kept = entry is not None
     while not kept:
@@ -751,7 +751,7 @@ def differentiable(
         trace = Trace(*given, static, (*params, *own, *registers), len(extras), x.detach(), fill)
         trace.times, trace.needs = list(run.told), needs[0]
         captured = _Captured(trace, run, own, needs)
-        entry = Entry(captured, Weights(sampler._network), 0)
+        entry = Entry(captured, 0)
 
         def whole(step: Callable[[Any], None], captured: _Captured = captured) -> None:
             _refill(captured, held, fill)
@@ -760,7 +760,7 @@ def differentiable(
             step("backward")
 
         bodies = {"forward": captured.forward, "backward": captured.backward}
-        captures.capture(bodies, whole, captured.result, entry)
+        captures.capture(bodies, whole, captured.result, entry, sampler._network)
         made = (*vars(run.registers).values(), run.times, run.table, *own, captured.cotangent)
         entry.bytes = sum(t.nbytes for m in made for t in _flat(m))
         kept = captures.add(key, entry)

@@ -19,11 +19,14 @@ import contextlib
 import functools
 import threading
 import traceback
+import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from .guidance import PerStage
@@ -31,7 +34,25 @@ from .guidance import PerStage
 MODES = ("auto", "loop", "stage")
 
 # One capture at a time in a process: PyTorch's allocator routes memory for one.
-_CAPTURING = threading.Lock()
+_LOCK = threading.Lock()
+_here = threading.local()
+
+
+@contextlib.contextmanager
+def _capturing() -> Iterator[None]:
+    with _LOCK:
+        _here.capturing = True
+        try:
+            yield
+        finally:
+            _here.capturing = False
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether this thread is capturing, so that a run becomes part of another graph."""
+    capturer = CAPTURERS.get(device.type)
+    return getattr(_here, "capturing", False) or (capturer is not None and capturer.recording())
+
 
 # Relative difference between a body and its replay above which the replay is another computation.
 # Below it lie networks whose kernels add in no fixed order.
@@ -45,8 +66,8 @@ class Graph:
     Args:
         mode: "loop": the whole sampling loop is one launch. "stage": one stage is captured and
             replayed, for plans of any length. "auto": "loop" from the second call of a kind on,
-            CUDA tensors given; eager elsewhere and at the first call, for which a capture
-            would not pay.
+            CUDA tensors given; eager elsewhere, at the first call, for which a capture would not
+            pay, and, with a warning, for networks that cannot be captured.
         loops: Captures kept at once; the least recently used goes first.
         bytes: Device memory that they may hold, buffers and graphs; None: no bound.
         buckets: Batch sizes to capture for, increasing. A smaller batch is padded up to the next,
@@ -75,6 +96,8 @@ class Graph:
             if value < 1:
                 raise ValueError(f"Graph: {name} is at least 1; got {value}.")
         if self.buckets is not None:
+            if not hasattr(self.buckets, "__iter__"):
+                raise TypeError(f"Graph: buckets is a sequence of integers; got {self.buckets!r}.")
             buckets = tuple(self.buckets)
             if not all(isinstance(b, int) and not isinstance(b, bool) for b in buckets):
                 raise TypeError(f"Graph: buckets are integers; got {self.buckets!r}.")
@@ -145,6 +168,10 @@ class Capturer(Protocol):
         """Records the body into a graph on memory of `pool`; the result launches it."""
         ...
 
+    def recording(self) -> bool:
+        """Whether the current stream is being recorded, by whomever."""
+        ...
+
     def pool(self, device: torch.device) -> Any:
         """A new memory pool for graphs that never run at once."""
         ...
@@ -164,9 +191,8 @@ class CudaCapturer:
         autocast = torch.is_autocast_enabled("cuda")
         return (
             torch.get_autocast_dtype("cuda") if autocast else None,
-            torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
-            torch.backends.cudnn.allow_tf32,
+            *_precisions(),
         )
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -204,7 +230,9 @@ class CudaCapturer:
         mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.device(device), torch.cuda.stream(side):
             try:
-                if strict:
+                # the mode is the process's: it would strike other threads, which may wait as they
+                # like; a capture that breaks then tells less of why
+                if strict and threading.active_count() == 1:
                     torch.cuda.set_sync_debug_mode("error")
                 body()
             finally:
@@ -214,25 +242,40 @@ class CudaCapturer:
     def record(
         self, device: torch.device, body: Callable[[], None], pool: Any
     ) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
+        graph, side = torch.cuda.CUDAGraph(), self._side(device)
+        # weights cast by autocast in a rehearsal lie outside the graph, and would be freed
+        torch.clear_autocast_cache()
+        with torch.cuda.device(device), torch.cuda.stream(side):
             # matrix libraries keep a workspace for each stream: inside the graph's own pool
             torch._C._cuda_clearCublasWorkspaces()
-            # other threads may use the device meanwhile
-            capture = torch.cuda.graph(
-                graph, pool=pool, stream=self._side(device), capture_error_mode="thread_local"
-            )
             try:
-                with capture:
+                # other threads may use the device meanwhile
+                with torch.cuda.graph(
+                    graph, pool=pool, stream=side, capture_error_mode="thread_local"
+                ):
                     body()
             except BaseException:
-                # PyTorch before 2.12 leaves its allocator in the capture where ending it fails
-                with contextlib.suppress(Exception):
-                    torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+                self._recover(device, side, pool)
                 raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
+
+    @staticmethod
+    def _recover(device: torch.device, side: torch.cuda.Stream, pool: Any) -> None:
+        """Undoes what PyTorch leaves behind where a capture breaks: before 2.12 its allocator stays
+        in the capture, and its generators refuse to draw until a capture has ended well."""
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the graph is empty
+            with torch.cuda.graph(
+                torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"
+            ):
+                pass
+
+    def recording(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
 
     def pool(self, device: torch.device) -> Any:
         return torch.cuda.graph_pool_handle()
@@ -240,6 +283,17 @@ class CudaCapturer:
     def pool_bytes(self, device: torch.device, pool: Any) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
+
+
+def _precisions() -> tuple[Hashable, ...]:
+    """PyTorch's settings of matrix products and convolutions, by its newer names where it has them
+    (the older getters raise where the newer were set)."""
+    backends = torch.backends
+    places = (backends, backends.cuda.matmul, backends.cudnn, getattr(backends.cudnn, "conv", None))
+    newer = tuple(getattr(place, "fp32_precision", None) for place in places)
+    if any(value is not None for value in newer):
+        return newer
+    return torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
 
 
 # By the type of device. Where there is none, nothing can be captured.
@@ -303,47 +357,82 @@ def rebuild(cond: Any, tensors: Iterator[torch.Tensor]) -> Any:
 # -- the network's weights ------------------------------------------------------------------------
 
 
-def modules_of(network: Any, depth: int = 3) -> Iterator[torch.nn.Module]:
-    """The modules that a callable holds: itself, or those that it binds, encloses or names."""
-    if isinstance(network, torch.nn.Module):
-        yield network
-        return
-    if depth == 0:
-        return
-    held: list[Any] = [getattr(network, "__self__", None), getattr(network, "__wrapped__", None)]
-    if isinstance(network, functools.partial):
-        held += [network.func, *network.args, *network.keywords.values()]
-    for cell in getattr(network, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            held.append(cell.cell_contents)
-    named = getattr(getattr(network, "__code__", None), "co_names", ())
-    held += [getattr(network, "__globals__", {}).get(name) for name in named]
-    if hasattr(network, "__dict__") and not isinstance(network, type):
-        held += list(vars(network).values())
-    for value in held:
-        if isinstance(value, torch.nn.Module) or (callable(value) and value is not network):
-            yield from modules_of(value, depth - 1)
+_DEPTH = 4  # objects that are followed from a network to its tensors
+_OPAQUE = (str, bytes, bool, int, float, complex, type, types.ModuleType, np.ndarray)
 
 
 class Weights:
-    """Where a network's tensors lie, to see before a replay that they still do."""
+    """Where a network's tensors lie, to see before a replay that they still do.
+
+    Followed are modules, closures, bound methods, partial applications, the globals that a function
+    names, attributes of plain objects, and what lists, tuples and dicts hold. Not seen are Python
+    values: a changed scale, an added hook.
+    """
 
     def __init__(self, network: Any) -> None:
-        self._held: list[tuple[Mapping[str, Any], str, Any]] = []
+        self._held: list[tuple[Mapping[Any, Any], Any, Any]] = []
+        self._cells: list[tuple[Any, Any]] = []
         self._places: list[tuple[torch.Tensor, int]] = []
         self._training: list[tuple[torch.nn.Module, bool]] = []
-        seen: set[int] = set()
-        for root in modules_of(network):
-            for module in root.modules():
-                if id(module) in seen:
-                    continue
-                seen.add(id(module))
-                self._training.append((module, module.training))
-                for holder in (module._parameters, module._buffers, module._modules):
-                    self._held += [(holder, name, value) for name, value in holder.items()]
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    if tensor is not None:
-                        self._places.append((tensor, _address(tensor)))
+        self._seen: set[int] = set()
+        self._follow(network, _DEPTH)
+
+    def _follow(self, value: Any, depth: int) -> None:
+        if isinstance(value, _OPAQUE) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            self._places.append((value, _address(value)))
+        elif isinstance(value, torch.nn.Module):
+            for module in value.modules():
+                self._add_module(module)
+        elif depth == 0:
+            return
+        elif isinstance(value, dict):
+            self._add_dict(value, depth)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self._follow(item, depth - 1)
+        else:
+            self._add_object(value, depth)
+
+    def _add_module(self, module: torch.nn.Module) -> None:
+        self._seen.add(id(module))
+        self._training.append((module, module.training))
+        for holder in (module._parameters, module._buffers, module._modules):
+            self._held += [(holder, name, value) for name, value in holder.items()]
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                self._places.append((tensor, _address(tensor)))
+
+    def _add_dict(self, holder: dict[Any, Any], depth: int) -> None:
+        for name, value in holder.items():
+            if isinstance(value, torch.Tensor | torch.nn.Module):
+                self._held.append((holder, name, value))
+            self._follow(value, depth - 1)
+
+    def _add_object(self, value: Any, depth: int) -> None:
+        for name in ("__self__", "__wrapped__"):
+            self._follow(getattr(value, name, None), depth - 1)
+        if isinstance(value, functools.partial):
+            for item in (value.func, *value.args, *value.keywords.values()):
+                self._follow(item, depth - 1)
+        for cell in getattr(value, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # not filled yet
+                content = cell.cell_contents
+                if isinstance(content, torch.Tensor | torch.nn.Module):
+                    self._cells.append((cell, content))
+                self._follow(content, depth - 1)
+        named = getattr(getattr(value, "__code__", None), "co_names", ())
+        globals_of = getattr(value, "__globals__", {})
+        for name in named:
+            content = globals_of.get(name)
+            if isinstance(content, torch.Tensor | torch.nn.Module):
+                self._held.append((globals_of, name, content))
+                self._follow(content, depth - 1)
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            self._add_dict(own, depth)
 
     def moved(self) -> bool:
         """Whether a tensor or a submodule was replaced, or train() or eval() called."""
@@ -351,6 +440,7 @@ class Weights:
             any(_address(tensor) != place for tensor, place in self._places)
             or any(module.training != mode for module, mode in self._training)
             or any(holder.get(name) is not value for holder, name, value in self._held)
+            or any(cell.cell_contents is not value for cell, value in self._cells)
         )
 
 
@@ -373,16 +463,16 @@ class Entry:
 
     Attributes:
         run: The sampler's buffers and bound kernels; kept alive here.
-        weights: The network's, as they lay.
         bytes: Of the buffers.
         launches: The graphs by name: None for a loop; for a stage, whether it evaluates; "forward"
             and "backward" for a loop with its gradient.
+        weights: The network's, as they lay.
     """
 
     run: Any
-    weights: Weights
     bytes: int
     launches: dict[Name, Callable[[], None]] = field(default_factory=dict)
+    weights: Weights | None = None
 
 
 class Captures:
@@ -393,7 +483,6 @@ class Captures:
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
         self._pool: Any = None
         self._pool_bytes = 0
-        self._stream: Any = None
         self._captures = self._replays = self._evictions = 0
 
     def stats(self) -> Stats:
@@ -409,20 +498,12 @@ class Captures:
         """See `Capturer.environment`."""
         return self._capturer.environment(self._device)
 
-    def enter(self) -> None:
-        """Called before a run touches its buffers: orders it after the run before, which may have
-        been on another stream."""
-        stream = self._capturer.stream(self._device)
-        if self._stream is not None and stream != self._stream:
-            self._capturer.follow(self._device, self._stream)
-        self._stream = stream
-
     def get(self, key: Hashable) -> Entry | None:
         """The entry of that key whose network still lies where it lay."""
         entry = self._entries.get(key)
         if entry is None:
             return None
-        if entry.weights.moved():
+        if entry.weights is not None and entry.weights.moved():
             self._drop(key)
             return None
         self._entries.move_to_end(key)
@@ -475,6 +556,7 @@ class Captures:
         whole: Callable[[Callable[[Any], None]], None],
         result: Callable[[], torch.Tensor],
         entry: Entry,
+        network: Any,
     ) -> None:
         """Records bodies into an entry, or refuses.
 
@@ -484,6 +566,7 @@ class Captures:
                 `step(name)` for every body in order.
             result: What a run leaves.
             entry: Where the graphs go.
+            network: Whose tensors they read.
 
         Raises:
             RuntimeError: The network cannot be captured: which rule it broke, and where.
@@ -494,35 +577,35 @@ class Captures:
         def rehearsal(strict: bool) -> Callable[[Name], None]:
             return lambda name: capturer.rehearse(device, bodies[name], strict)
 
-        with _CAPTURING, capturer.preserved(device) as rewind:
+        done = False
+        with _capturing(), capturer.preserved(device) as rewind:
             try:
                 whole(rehearsal(False))
                 rewind()
-                whole(rehearsal(True))
-                expected = result().clone()
-                if self._pool is None:
-                    self._pool = capturer.pool(device)
+                entry.weights = Weights(network)
                 graphs: dict[Name, Callable[[], None]] = {}
-                for name, body in bodies.items():
-                    graphs[name] = capturer.record(device, body, self._pool)
-            except RuntimeError as error:
-                if not self._entries:
-                    self._pool = None  # what a broken capture left in it goes with it
-                refused = refusal(error)
-                if refused is error:
-                    raise
-                raise refused from error
-            rewind()
-            entry.launches.update(graphs)
-            whole(functools.partial(self.launch, entry))
-            problem = difference(expected, result())
-            if problem:
-                raise RuntimeError(
-                    "sample: a captured network depends on its tensors alone; the replay gives "
-                    f"{problem} than the network called on the same inputs. Does it count calls, "
-                    "branch on Python values that change, or replace tensors that it keeps? Make "
-                    "these inputs (cond=), or use graph=None."
-                )
+                try:
+                    whole(rehearsal(True))
+                    expected = result().clone()
+                    if self._pool is None:
+                        self._pool = capturer.pool(device)
+                    for name, body in bodies.items():
+                        graphs[name] = capturer.record(device, body, self._pool)
+                except RuntimeError as error:
+                    refused = refusal(error)
+                    if refused is error:
+                        raise
+                    raise refused from error
+                rewind()
+                entry.launches.update(graphs)
+                whole(functools.partial(self.launch, entry))
+                _compare(expected, result(), entry.weights)
+                done = True
+            finally:
+                if not done:
+                    rewind()
+                    if not self._entries:
+                        self._pool = None  # what a broken capture left in it goes with it
         self._captures += 1
         self._pool_bytes = capturer.pool_bytes(device, self._pool)
 
@@ -537,6 +620,20 @@ class Captures:
         self._evictions += 1
         if not self._entries:  # the graphs' memory goes back with the last of them
             self._pool, self._pool_bytes = None, 0
+
+
+def _compare(expected: torch.Tensor, got: torch.Tensor, weights: Weights) -> None:
+    """Raises where a replay is another computation than the network's."""
+    problem = difference(expected, got)
+    if problem is None and weights.moved():
+        problem = "the same, but the network has replaced tensors that it keeps"
+    if problem is not None:
+        raise RuntimeError(
+            "sample: a captured network depends on its tensors alone; compared with the network "
+            f"called on the same inputs, the replay gives {problem}. Does it count calls, branch "
+            "on Python values that change, or make its buffers anew? Make these inputs (cond=), or "
+            "use graph=None."
+        )
 
 
 def difference(expected: torch.Tensor, got: torch.Tensor) -> str | None:
@@ -576,15 +673,20 @@ _RULES = (
 
 def refusal(error: RuntimeError) -> RuntimeError:
     """What a stranger is told of an error met in a capture; other errors as they are."""
-    text = str(error).lower()
-    if isinstance(error, NotImplementedError) or text.startswith("sample:"):
+    # where ending a capture fails too, its error stands before the one that broke it
+    first: BaseException = error
+    while first.__context__ is not None and not str(first).startswith("sample:"):
+        first = first.__context__
+    if not isinstance(first, RuntimeError):
         return error
+    text = str(first).lower()
+    if isinstance(first, NotImplementedError) or text.startswith("sample:"):
+        return first
     for words, rule, hint in _RULES:
         if any(word in text for word in words):
-            where = _culprit(error)
-            first = str(error).strip().split("\n")[0]
+            said = str(first).strip().split("\n")[0]
             return RuntimeError(
-                f"sample: {rule}; got: {first}{where}. {hint}; or sample with graph=None."
+                f"sample: {rule}; got: {said}{_culprit(first)}. {hint}; or sample with graph=None."
             )
     return error
 

@@ -234,7 +234,10 @@ def batched(cond: Any, uncond: Any, batch: int, where: str = "cond") -> Any:
                 raise ValueError(
                     f"CFG: {where} holds {cond.dtype}; got the unconditional value {uncond}."
                 )
-            other = torch.as_tensor(uncond, dtype=cond.dtype, device=cond.device)
+            if isinstance(uncond, torch.Tensor):
+                other = uncond.to(cond.device, cond.dtype)
+            else:
+                other = cond.new_full((), uncond)  # no copy from the host
             if other.ndim == 0 or (other.ndim == cond.ndim and other.shape[0] == 1):
                 other = other.expand(batch, *(other.shape[1:] or cond.shape[1:]))
         else:

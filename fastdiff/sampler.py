@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
@@ -27,7 +28,7 @@ from .gradients import (
     gradient_of,
     parameters_of,
 )
-from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, Weights, flatten, rebuild
+from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, capturing, flatten, rebuild
 from .guidance import CFG, PerStage, at_stage, batched, check_batch, check_stages, varies
 from .plan import AT_E, Layout, Plan
 from .schedules import prediction_name
@@ -56,11 +57,12 @@ class _Run:
     told: list[torch.Tensor]  # times, a view a stage
     stage: RunStage
     stride: int  # rows of the table a stage takes
-    plan: Plan  # whose numbers stand in table and times
+    plan: Plan | None  # whose numbers stand in table and times
     guidance: CFG | None
     # where the stages are captured one by one
     clock: torch.Tensor | None = None  # int64 (stage, row), on the device
     time: torch.Tensor | None = None  # [1, copies * B]
+    forward: torch.Tensor | None = None  # what a stage adds to the clock
     cond: list[torch.Tensor] = field(default_factory=list)  # the capture's own
 
 
@@ -122,6 +124,8 @@ class Sampler:
         self._captures: dict[torch.device, Captures] = {}
         self._serving: dict[Hashable, str] = {}  # backends, by dtypes and device
         self._met: OrderedDict[Hashable, None] = OrderedDict()  # kinds of call, for graph="auto"
+        self._declined: set[Hashable] = set()
+        self._streams: dict[torch.device, Any] = {}
         self._set(plan, guidance)
 
     @property
@@ -159,12 +163,7 @@ class Sampler:
             )
         if guidance is not None and not isinstance(guidance, CFG):
             raise TypeError(f"sample: guidance is a fastdiff.CFG or None; got {guidance!r}.")
-        predicts = getattr(self._network, "prediction", None)
-        if isinstance(predicts, str) and prediction_name(predicts) != plan.prediction:
-            raise ValueError(
-                f"sample: the network says that it predicts {predicts!r}, and the plan was made "
-                f"for {plan.prediction!r}. Make it with prediction={predicts!r}."
-            )
+        check_prediction(self._network, plan)
         self._plan, self._guidance = plan, guidance
         self._plain = all(stage.evaluate for stage in plan.stages)
 
@@ -185,6 +184,7 @@ class Sampler:
         self._run = self._adjoint = None
         self._backward.clear()
         self._met.clear()
+        self._declined.clear()
         for captures in self._captures.values():
             captures.clear()
 
@@ -198,7 +198,7 @@ class Sampler:
             dtype=self._dtype,
             graph=self._graph,
             gradient=self._gradient,
-            params=self._params,
+            params=copy.deepcopy(self._params, memo),
             check=self._check,
         )
 
@@ -258,8 +258,10 @@ class Sampler:
                 f"{len(extras)}. Give them as extras=(...)."
             )
         if self._gradient is not None and torch.is_grad_enabled():
+            self._order(x.device)
             looked = self._check or callback is not None or progress or out is not None
             return self._differentiable(x, cond, seed, xi, extras, looked)
+        self._order(x.device)
         watched = self._check or callback is not None or xi is not None or progress
         mode = self._mode(x.device, watched)
         with torch.no_grad():
@@ -322,7 +324,7 @@ class Sampler:
                 if self._check:
                     self._check_values(i, output, given, version)
                 if callback is not None:
-                    problem = _output_problem(output, given)
+                    problem = output_problem(output, given)
                     if problem:
                         raise self._bad_output(i, output, given, problem)
                     callback(i, stage.t, *self._seen(run, i, output))
@@ -508,12 +510,14 @@ class Sampler:
             write_table(table, plan, self._guidance, batch, layout)
             _write_times(times, plan)
             clock = torch.zeros(2, dtype=torch.int64, device=device) if by_stage else None
-            row_index = None if clock is None else clock[1:]
+            row_index = forward = None
+            if clock is not None:
+                row_index, forward = clock[1:], torch.tensor([1, stride], device=device)
             stage = backend.bind(registers, table, layout, index, row_index)
             time = torch.empty((1, branches * batch), dtype=told, device=device)
         return _Run(
             *(key, registers, layout, table, times, inputs, list(times), stage, stride),
-            *(plan, self._guidance, clock, time),
+            *(plan, self._guidance, clock, time, forward),
         )
 
     def _load(self, run: _Run) -> None:
@@ -521,6 +525,7 @@ class Sampler:
         if run.plan is self._plan and run.guidance is self._guidance:
             return
         batch = run.registers.x.shape[0]
+        run.plan = None  # while the table is neither
         write_table(run.table, self._plan, self._guidance, batch, run.layout)
         refresh = getattr(run.stage, "refresh", None)  # where the table lies on a device
         if refresh is not None:
@@ -546,8 +551,11 @@ class Sampler:
                     f"sample: {plan.solver} draws noise. Give seed= (an integer, or one a sample), "
                     "or the noise itself as xi=."
                 )
-            seeds = noise.seeds_tensor(seed, batch)
-            registers.seeds[:batch].copy_(seeds, non_blocking=True)  # type: ignore[index]
+            if not isinstance(seed, torch.Tensor) or seed.device != registers.x.device:
+                seed = noise.seeds_tensor(seed, batch)
+            elif seed.dtype != torch.int64 or seed.shape != (batch,):
+                noise.seeds_tensor(seed, batch)  # raises
+            registers.seeds[:batch].copy_(seed, non_blocking=True)  # type: ignore[index]
         for i, (register, given) in enumerate(zip(registers.extras, extras, strict=True)):
             try:
                 register[:batch].copy_(torch.as_tensor(given).expand(x.shape))
@@ -570,10 +578,23 @@ class Sampler:
 
     # -- captured --------------------------------------------------------------------------------
 
+    def _order(self, device: torch.device) -> None:
+        """Makes a run wait for the one before, whose buffers it takes, if it was on another stream.
+
+        Called before a run touches a buffer.
+        """
+        capturer = CAPTURERS.get(device.type)
+        if capturer is None:
+            return
+        stream, earlier = capturer.stream(device), self._streams.get(device)
+        if earlier is not None and stream != earlier:
+            capturer.follow(device, earlier)
+        self._streams[device] = stream
+
     def _mode(self, device: torch.device, watched: bool) -> str | None:
         """ "loop", "stage" or None for this call."""
         graph = self._graph
-        if graph is None:
+        if graph is None or capturing(device):  # part of another graph: as it is
             return None
         if device.type not in CAPTURERS:
             if graph.mode == "auto":
@@ -620,8 +641,11 @@ class Sampler:
         captures = self._captures_on(x.device)
         size = x.shape[0] if varies(cond) else self._graph.bucket(x.shape[0])
         shape = torch.Size((size, *x.shape[1:]))
-        structure = (plan.extras, self._plain, plan.structure[3:]) if by_stage else plan.structure
+        kinds = frozenset(stage.evaluate for stage in plan.stages)
+        structure = (plan.extras, kinds, plan.structure[3:]) if by_stage else plan.structure
         key = (shape, x.device, *kind, by_stage, structure, described, captures.environment())
+        if automatic and key in self._declined:
+            return None
         if automatic and key not in self._met:
             self._met[key] = None
             if len(self._met) > _KINDS:
@@ -640,7 +664,6 @@ class Sampler:
             for stage in plan.stages:
                 step(stage.evaluate)
 
-        captures.enter()
         entry = captures.get(key)
         if entry is not None and by_stage and not _fits(entry.run, plan):
             captures.drop(key)
@@ -655,11 +678,19 @@ class Sampler:
             with torch.inference_mode(False):
                 run.cond = [_room(leaf, rows, len(x), shape[0], kind[2]) for leaf, rows in leaves]
             held = (*vars(run.registers).values(), run.times, run.table, *run.cond)
-            entry = Entry(run, Weights(self._network), bytes_of(held))
+            entry = Entry(run, bytes_of(held))
             bodies = self._bodies(run, rebuild(cond, iter(run.cond)), by_stage)
             result = functools.partial(torch.narrow, run.registers.x, 0, 0, len(x))
-            captures.capture(bodies, functools.partial(whole, run), result, entry)
-            kept = captures.add(key, entry)
+            made = (bodies, functools.partial(whole, run), result, entry, self._network)
+            try:
+                captures.capture(*made)
+                kept = captures.add(key, entry)
+            except (RuntimeError, ValueError) as error:
+                if not automatic or not str(error).startswith("sample:"):
+                    raise
+                self._declined.add(key)
+                warnings.warn(f"{error} Until then it runs eagerly.", RuntimeWarning, stacklevel=3)
+                return None
         return run
 
     def _serving_name(self, x: torch.Tensor) -> str:
@@ -705,7 +736,8 @@ class Sampler:
         assert given is not None
         assert clock is not None
         assert time is not None
-        forward = torch.tensor([1, run.stride], dtype=torch.int64, device=clock.device)
+        forward = run.forward
+        assert forward is not None
 
         def stage(evaluates: bool) -> None:
             output = None
@@ -739,7 +771,7 @@ class Sampler:
     def _bad_output(
         self, i: int | None, output: Any, given: torch.Tensor, why: Exception | str
     ) -> Exception:
-        problem = _output_problem(output, given)
+        problem = output_problem(output, given)
         if problem is None:
             if isinstance(why, Exception):
                 return why
@@ -749,7 +781,7 @@ class Sampler:
         return kind(f"sample: {at}{problem}")
 
     def _check_values(self, i: int, output: Any, given: torch.Tensor, version: int) -> None:
-        problem = _output_problem(output, given)
+        problem = output_problem(output, given)
         if problem is None and not bool(torch.isfinite(output).all()):
             kind = "NaN" if bool(output.isnan().any()) else "infinity"
             problem = f"the network returned {kind}."
@@ -811,6 +843,16 @@ def sample(
         progress=progress,
         out=out,
     )
+
+
+def check_prediction(network: Any, plan: Plan) -> None:
+    """Raises where a network says that it predicts something else than the plan was made for."""
+    predicts = getattr(network, "prediction", None)
+    if isinstance(predicts, str) and prediction_name(predicts) != plan.prediction:
+        raise ValueError(
+            f"sample: the network says that it predicts {predicts!r}, and the plan was made "
+            f"for {plan.prediction!r}. Make it with prediction={predicts!r}."
+        )
 
 
 def _traced(
@@ -954,7 +996,7 @@ def _requiring_grad(cond: Any, where: str = "cond") -> list[str]:
     return [where] if isinstance(cond, torch.Tensor) and cond.requires_grad else []
 
 
-def _output_problem(output: Any, given: torch.Tensor) -> str | None:
+def output_problem(output: Any, given: torch.Tensor) -> str | None:
     """What is wrong with a network's output, or None."""
     if not isinstance(output, torch.Tensor):
         hint = ""

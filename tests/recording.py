@@ -59,6 +59,9 @@ class Recorder:
 
         return launch
 
+    def recording(self):
+        return False
+
     def pool(self, device):
         self.pools += 1
         self.recorded_before = self.recorded

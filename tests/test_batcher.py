@@ -124,6 +124,36 @@ def test_an_error_moves_no_sample(graph, recorder):
     torch.testing.assert_close(results[-1][place], alone((x, 0, None, None)))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+def test_a_bound_that_is_too_small_moves_no_sample(recorder):
+    batcher = fd.Batcher(network, PLANS, (2, 6), graph=fd.Graph("stage", bytes=10))
+    batcher.add(torch.randn(6))
+    before = batcher._registers.x.clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Graph\.bytes"):
+            batcher.step()
+    assert torch.equal(batcher._registers.x, before)
+
+
+def test_what_places_share_is_the_examples():
+    def net(x, t, pair):
+        return x * pair[0]
+
+    shared = torch.tensor(0.5)
+    batcher = fd.Batcher(net, PLANS[0], (2, 6), cond={"pair": (shared, 1)})
+    batcher.add(torch.randn(6), cond={"pair": (shared.clone(), 1)})
+    with pytest.raises(ValueError, match="the same tensors inside tuples"):
+        batcher.add(torch.randn(6), cond={"pair": (torch.tensor(0.25), 1)})
+    assert batcher.free == 1
+
+
+def test_bad_outputs_are_named():
+    batcher = fd.Batcher(lambda x, t: (x,), PLANS[0], (2, 6))
+    batcher.add(torch.randn(6))
+    with pytest.raises((TypeError, AttributeError), match="Batcher: the network returns a tensor"):
+        batcher.step()
+
+
 def test_places_are_taken_and_given_back():
     batcher, x = fd.Batcher(network, PLANS[0], (2, 6)), torch.randn(6)
     assert (batcher.free, batcher.add(x), batcher.add(x), batcher.free) == (2, 0, 1, 0)
@@ -149,6 +179,14 @@ def test_places_are_taken_and_given_back():
             "one prediction",
         ),
         (lambda: fd.Batcher(network, PLANS, (0, 6)), ValueError, "at least 1"),
+        (lambda: fd.Batcher(3, PLANS, (2, 6)), TypeError, "callable"),
+        (lambda: fd.Batcher(fd.models.digits(), fd.plan(VP, "ddim", 3), (2, 6)), ValueError, "'v'"),
+        (lambda: fd.Batcher(network, PLANS, (2, 6), cond=object()), TypeError, "conditioning is"),
+        (
+            lambda: fd.Batcher(network, PLANS, (2, 6), cond={"y": fd.PerStage(torch.ones(3, 2))}),
+            NotImplementedError,
+            "different stages",
+        ),
         (lambda: fd.Batcher(network, PLANS, ()), ValueError, "shape is"),
         (lambda: fd.Batcher(network, PLANS, (2, 6), dtype=torch.bfloat16), ValueError, "float32"),
         (lambda: fd.Batcher(network, PLANS, (2, 6), graph="loop"), ValueError, "one stage"),
@@ -171,6 +209,7 @@ def test_bad_settings_are_refused(make, error, says):
         ((torch.zeros(5),), {}, ValueError, r"one sample, \(6,\); got \(5,\)"),
         (("x",), {}, ValueError, "got str"),
         ((torch.zeros(6), 4), {}, ValueError, "an index below 4; got 4"),
+        ((torch.zeros(6), True), {}, ValueError, "got True"),
         ((torch.zeros(6), 3), {}, ValueError, "draws noise"),
         ((torch.zeros(6), 0), {"cond": {"z": torch.zeros(1)}}, ValueError, "structure"),
         ((torch.zeros(6), 0), {"cond": {"y": torch.zeros(2)}}, ValueError, "one entry a sample"),

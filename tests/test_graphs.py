@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
 from fastdiff import graphs
@@ -401,6 +403,38 @@ def test_auto_runs_eagerly_what_cannot_be_captured(recorder):
     assert sampler.stats().captures == 0
 
 
+@needs_core
+def test_auto_runs_eagerly_and_says_so_where_a_capture_fails(recorder):
+    plan, x = plan_of(), torch.randn(3, 5)
+    recorder.failure = RuntimeError(MESSAGES["host"][0])
+    sampler = fd.Sampler(network, plan)
+    expected = sampler(x)
+    with pytest.warns(RuntimeWarning, match=r"neither waits for the device.*runs eagerly"):
+        assert torch.equal(sampler(x), expected)
+    assert torch.equal(sampler(x), expected)  # said once
+    assert sampler.stats().captures == 0
+    small = fd.Sampler(network, plan, graph=fd.Graph("auto", bytes=10))
+    recorder.failure = None
+    small(x)
+    with pytest.warns(RuntimeWarning, match=r"Graph\.bytes"):
+        assert torch.equal(small(x), expected)
+
+
+@needs_core
+def test_a_sampler_inside_a_captured_network_is_part_of_its_graph(recorder):
+    inner = fd.Sampler(network, plan_of("ddim", 2), graph="loop")
+
+    def outer(x, t):
+        return inner(x) * 0.5
+
+    x, plan = torch.randn(3, 5), plan_of()
+    sampler = fd.Sampler(outer, plan, graph="loop")
+    got = sampler(x)
+    assert inner.stats().captures == 0
+    own = fd.Sampler(network, plan_of("ddim", 2))
+    assert torch.equal(got, fd.sample(lambda x, t: own(x) * 0.5, x, plan))
+
+
 # -- weights ---------------------------------------------------------------------------------------
 
 
@@ -425,7 +459,21 @@ def _train(net):
     net.train()
 
 
+class Policy:
+    """A plain object that holds its network."""
+
+    def __init__(self, net):
+        self.nets = {"all": [net]}
+
+    def predict(self, x, t):
+        return self.nets["all"][0](x, t)
+
+
 WRAPPERS = {
+    "method of an object": lambda net: Policy(net).predict,
+    "closure over an object": lambda net: (lambda policy: lambda x, t: policy.predict(x, t))(
+        Policy(net)
+    ),
     "module": lambda net: net,
     "bound": lambda net: net.forward,
     "partial": lambda net: partial(net),
@@ -445,6 +493,34 @@ def test_weights_that_move_are_captured_again(change, wrap, recorder):
     assert sampler.stats().captures == (1 if change is _in_place else 2)
     assert sampler.stats().evictions == (0 if change is _in_place else 1)
     assert sampler.stats().loops == 1
+
+
+@needs_core
+def test_a_tensor_that_an_object_replaces_is_seen(recorder):
+    class Scaled:
+        def __init__(self):
+            self.scale = torch.tensor(2.0)
+
+        def __call__(self, x, t):
+            return network(x, t) * self.scale
+
+    plan, x, net = plan_of(), torch.randn(3, 5), Scaled()
+    sampler = fd.Sampler(net, plan, graph="loop")
+    sampler(x)
+    net.scale = torch.tensor(0.5)
+    sampler(x)
+    assert sampler.stats().captures == 2
+
+
+@needs_core
+def test_a_network_that_makes_its_buffers_anew_is_refused(recorder):
+    class Anew(Net):
+        def forward(self, x, t):
+            self.register_buffer("seen", x.mean().clone())
+            return super().forward(x, t)
+
+    with pytest.raises(RuntimeError, match="replaced tensors that it keeps"):
+        fd.Sampler(Anew(), plan_of(), graph="loop")(torch.randn(3, 5))
 
 
 @needs_core
@@ -483,6 +559,11 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
     sampler(x)
     sampler(x)
     assert recorder.followed == 1
+    eager = fd.Sampler(network, plan, graph=None)
+    eager(x)
+    recorder.here = "stream 0"
+    eager(x)
+    assert recorder.followed == 2
 
 
 @needs_core
@@ -535,6 +616,7 @@ def test_a_graph_asked_for_on_a_cpu_is_refused():
         (lambda: fd.Graph(buckets=()), ValueError, "increase"),
         (lambda: fd.Graph(buckets=(0, 4)), ValueError, "at least 1"),
         (lambda: fd.Graph(buckets=(1.0,)), TypeError, "integers"),
+        (lambda: fd.Graph(buckets=4), TypeError, "a sequence of integers; got 4"),
         (lambda: fd.Sampler(network, plan_of(), graph=3), TypeError, "got 3"),
         (lambda: fd.Sampler(network, plan_of(), graph="lop"), ValueError, "got 'lop'"),
     ],
@@ -613,11 +695,86 @@ def test_the_rule_that_a_network_broke_is_named(message, where, recorder):
 
 @needs_core
 def test_the_line_that_synchronises_is_named(recorder):
+    calls = []
+
     def net(x, t):
-        raise RuntimeError("called a synchronizing CUDA operation")
+        calls.append(1)
+        if len(calls) > 6:  # where waiting is an error
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return network(x, t)
 
     with pytest.raises(RuntimeError, match=r"test_graphs\.py:\d+, in net: raise RuntimeError"):
         fd.Sampler(net, plan_of(), graph="loop")(torch.randn(3, 5))
+
+
+@needs_core
+def test_errors_of_an_ordinary_run_are_the_networks_own(recorder):
+    def net(x, t):
+        raise RuntimeError("failed to capture image: camera isolated")
+
+    with pytest.raises(RuntimeError, match=r"^failed to capture image: camera isolated$"):
+        fd.Sampler(net, plan_of(), graph="loop")(torch.randn(3, 5))
+
+
+@needs_core
+def test_the_error_that_broke_a_capture_is_named_and_not_that_of_ending_it(recorder):
+    first = RuntimeError(MESSAGES["legacy"][0])
+    recorder.failure = RuntimeError("operation failed due to a previous error during capture")
+    recorder.failure.__context__ = first
+    with pytest.raises(RuntimeError, match=r"launches on the current stream alone.*legacy"):
+        fd.Sampler(network, plan_of(), graph="loop")(torch.randn(3, 5))
+
+
+class Storages(TorchDispatchMode):
+    """Storages that operations read and that none of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.made = {}, set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        for tensor in torch.utils._pytree.tree_leaves((arguments, keywords)):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.made:
+                    self.read[storage._cdata] = (StorageWeakRef(storage), str(function))
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                key = tensor.untyped_storage()._cdata
+                if key not in self.read:
+                    self.made.add(key)
+        return result
+
+
+@needs_core
+@pytest.mark.parametrize("case", ["loop", "stage", "guided", "gradient", "adjoint"])
+def test_what_a_graph_reads_outlives_the_call_that_made_it(case, recorder, monkeypatch):
+    spies = []
+
+    def record(device, body, pool):
+        with Storages() as spy:
+            body()
+        spies.append(spy)
+        return lambda: None  # like a graph's own replay it holds nothing
+
+    recorder.record = record
+    monkeypatch.setattr(graphs, "difference", lambda *_: None)
+    plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net()
+    guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
+    cond = {"y": torch.randn(3)} if guidance else None
+    gradient = {"gradient": "discrete", "adjoint": fd.AdjointDEIS(2)}.get(case)
+    sampler = fd.Sampler(
+        *(network if guidance else net, plan),
+        guidance=guidance, gradient=gradient, graph="stage" if case == "stage" else "loop",
+    )  # fmt: skip
+    if gradient is None:
+        net.requires_grad_(False)
+    sampler(x.requires_grad_(gradient is not None), cond)
+    gc.collect()
+    assert sum(len(spy.read) for spy in spies) >= 2
+    dead = [name for spy in spies for ref, name in spy.read.values() if ref.expired()]
+    assert dead == []
 
 
 @needs_core
@@ -871,8 +1028,49 @@ def test_gpu_autocast_is_part_of_the_key_and_leaves_no_trace(dtype):
         expected = fd.sample(net, x, plan, graph=None)
         for _ in range(2):
             torch.testing.assert_close(sampler(x), expected)
+            torch.cuda.empty_cache()
+        with torch.no_grad():
+            net.linear.weight.mul_(0.5)  # the graph casts it anew
+        torch.testing.assert_close(sampler(x), fd.sample(net, x, plan, graph=None))
+        with torch.no_grad():
+            net.linear.weight.mul_(2.0)
     assert torch.equal(sampler(x), plain)
     assert sampler.stats().captures == 2
+
+
+def _synchronize(x, t):
+    torch.cuda.synchronize()
+    return network(x, t)
+
+
+def _own_stream(x, t):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return x * 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [_synchronize, _own_stream])
+def test_gpu_a_capture_that_breaks_leaves_the_process_usable(net):
+    x, stream = on_gpu((3, 16)), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="graph=None"):
+        fd.Sampler(net, plan_of(), graph="loop")(x)
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(4, device="cuda").isfinite().all()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    sampler = fd.Sampler(network, plan_of(), graph="loop")
+    for _ in range(2):
+        assert torch.equal(sampler(x), fd.sample(network, x, plan_of(), graph=None))
+
+
+@pytest.mark.gpu
+def test_gpu_the_newer_precision_settings_are_read():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert fd.Sampler(network, plan_of(), graph="loop")(on_gpu((3, 16))).isfinite().all()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.gpu
