@@ -24,12 +24,12 @@ from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
 from .graphs import Captures, Entry, flatten, rebuild
 from .guidance import CFG, PerStage, at_stage, varies
-from .plan import AT_E, EVALUATE, WRITES_X, Layout, Plan
+from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
 from .solvers.base import Rows
 from .solvers.dpm import DPMSolverMultistep
 from .solvers.exponential import adams, lagrange, phi, transfer
-from .transpose import Transposed
+from .transpose import Transposed, alternates
 
 THRESHOLDS = ("exact", "straight-through")
 _BOUND = 4  # backward tables that a sampler keeps bound
@@ -43,6 +43,9 @@ class Discrete:
         checkpoint: None keeps what the network was given at every stage (N states); k keeps the
             registers at every k-th stage and makes the stages between anew, segment by segment, for
             one more network evaluation a stage: N/k + k states, least at k = sqrt(N).
+        undo: Keep the end of the run alone and undo its stages one by one beside the backward pass:
+            no state is stored, at no further evaluation. For plans that can be undone: the solver
+            "rex-1". The states, and so the gradient, carry the rounding errors of going back.
         threshold: Gradient of dynamic thresholding: "exact", the quantile's own dependence
             included, or "straight-through", as if x0 were left alone. A clip has the gradient that
             autograd gives it: none where it acts.
@@ -51,10 +54,16 @@ class Discrete:
     """
 
     checkpoint: int | None = None
+    undo: bool = False
     threshold: str = "exact"
 
     def __post_init__(self) -> None:
         k = self.checkpoint
+        if not isinstance(self.undo, bool) or (self.undo and k is not None):
+            raise ValueError(
+                "Discrete: undo is True or False, and needs no checkpoint; got "
+                f"undo={self.undo!r}, checkpoint={k!r}."
+            )
         if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
             raise ValueError(f"Discrete: checkpoint is None or an integer from 1 on; got {k!r}.")
         if self.threshold not in THRESHOLDS:
@@ -216,6 +225,8 @@ class Trace:
             if self.gradient.states == "resolve":
                 kept.clear()
             kept.append(run.registers.x.clone())
+        elif self.gradient.undo:
+            kept = [run.registers.x.clone(), run.registers.e.clone()]
         return kept
 
     def _loop(self, run: Any, steps: Iterable[int], kept: list[torch.Tensor], first: bool) -> None:
@@ -236,7 +247,8 @@ class Trace:
                 kept += [tensor.clone() for tensor in live if tensor is not None]
             if stage.evaluate:
                 given = run.inputs[i]
-                if isinstance(gradient, Discrete) and not (first and segment is not None):
+                whole = isinstance(gradient, Discrete) and not gradient.undo
+                if whole and not (first and segment is not None):
                     kept.append(given.clone())
                     if stage.clip is not None or stage.threshold is not None:
                         kept.append(point.clone())
@@ -291,6 +303,9 @@ class Trace:
         sweep = _Sweep(self, cotangent.to(state).contiguous())
         if isinstance(self.gradient, AdjointDEIS):
             _continuous(sweep, self.gradient, kept)
+        elif self.gradient.undo:
+            undone = _Undone(sweep, kept[0], kept[1])
+            sweep.run(self.plan.transpose(), self.times, undone.at, undone.see)
         else:
             sweep.run(self.plan.transpose(), self.times, self._recorded(kept))
         x_bar = sweep.x_bar.to(cotangent.dtype, copy=True) if self.needs else None
@@ -568,6 +583,56 @@ class _Sweep:
         registers.m.view(-1, *point.shape).copy_(h_bar * stage.q)
 
 
+class _Undone:
+    """States of a run that is undone stage by stage, by rows of the same instruction."""
+
+    def __init__(self, sweep: _Sweep, x: torch.Tensor, e: torch.Tensor) -> None:
+        self._trace = trace = sweep.trace
+        layout = Layout(0, 1 if trace.guidance is None else trace.guidance.branches)
+        at = {name: i for i, name in enumerate(layout.columns)}
+        stages, table = trace.plan.stages, torch.zeros((len(trace.plan.stages), layout.width))
+        table = table.double()
+        table[:, [at["push"], at["push_x"]]] = -1
+        for i, (row, stage) in enumerate(zip(table, stages, strict=True)):
+            row[at["p"]] = stage.p
+            weights = (1.0, 1.0) if layout.branches > 1 else (1.0,)
+            row[layout.branch_offset :] = stage.q * torch.tensor(weights, dtype=torch.float64)
+            if _at_e(trace.plan, i):  # it moved x
+                row[at["flags"]] = EVALUATE + AT_E + WRITES_X
+                row[at["a_x"]] = 1.0 / stage.a_x
+                row[at["a_e"]] = -stage.a_e / stage.a_x
+                row[at["b_0"]] = -sum(stage.b) / stage.a_x
+            elif i > 0:
+                row[at["flags"]] = EVALUATE + WRITES_E
+                row[at["d_e"]] = 1.0 / stage.d_e
+                row[at["d_x"]] = -stage.d_x / stage.d_e
+                row[at["g_0"]] = -sum(stage.g) / stage.d_e
+        self._registers = Registers(x=x.clone(), e=e.clone())
+        serving = backends.choose(trace.sampler._backend, x.dtype, x.dtype, x.device)
+        self._run = serving.bind(self._registers, table, layout)
+        self._dtype = trace.sampler._kind(trace.start)[1]
+
+    def at(self, i: int) -> _Input:
+        """What the network was given at stage i."""
+        registers, plan = self._registers, self._trace.plan
+        point = registers.e if _at_e(plan, i) else registers.x
+        assert point is not None
+        given = (point * plan.stages[i].c_in).to(self._dtype)
+        guidance = self._trace.guidance
+        copies = 1 if guidance is None else guidance.branches
+        return _Input(given if copies == 1 else torch.cat([given] * copies))
+
+    def see(self, i: int, out: torch.Tensor) -> None:
+        """Undoes stage i with its output."""
+        if self._trace.guidance is not None and self._trace.guidance.branches > 1:
+            out = out.to(self._registers.x.dtype, copy=True)
+            uncond, cond = out.view(2, -1, *out.shape[1:])
+            for branch, w in zip((uncond, cond), self._trace.weights(i), strict=True):
+                branch.mul_(w)
+        if i > 0:  # before the first there is nothing to know
+            self._run(i, out, None)
+
+
 def _straight(gradient: Gradient) -> bool:
     return isinstance(gradient, Discrete) and gradient.threshold == "straight-through"
 
@@ -724,14 +789,19 @@ def differentiable(
             "tensors in params=, or use gradient=None."
         )
     given = (sampler, sampler._network, plan, guidance, gradient)
+    if isinstance(gradient, Discrete) and gradient.undo and not alternates(plan):
+        raise ValueError(
+            "Discrete: undo=True needs a plan whose every stage moves one of x and e from the "
+            f'other, such as "rex-1"; got {plan.solver}. Use that, or checkpoint=.'
+        )
     if captures is None:
         trace = Trace(*given, cond, named, len(extras), x.detach(), fill)
         return _Function.apply(trace, x, *named)
 
-    if isinstance(gradient, Discrete) and gradient.checkpoint is not None:
+    if isinstance(gradient, Discrete) and (gradient.checkpoint is not None or gradient.undo):
         raise NotImplementedError(
-            "sample: a captured gradient keeps every stage's state in the graph; got checkpoint="
-            f"{gradient.checkpoint}. Use graph=None, or checkpoint=None."
+            f"sample: a captured gradient keeps every stage's state in the graph; got {gradient}. "
+            "Use graph=None, or fastdiff.Discrete(checkpoint=None)."
         )
     described, _ = flatten(cond)
     ids = tuple(map(id, params))

@@ -13,9 +13,9 @@ A `Plan` is a sequence of `Stage` rows. One stage is one network evaluation and 
 
 `H_j` is the h of the j-th evaluation before this one, `R_i` the i-th read-only input register.
 Coefficients are float64. A coefficient of exactly 0 means that the register is not read, a stage
-whose second row is all zeros writes no e (the next evaluation is then at x), and a stage with
-`a_x = 1` and nothing else in its first row leaves x untouched. Those three rules are what the
-flags of the packed table (`Layout`) say; nothing else is derived from a solver's name.
+whose second row is all zeros writes no e (the next evaluation is then at x; e keeps what it holds),
+and a stage with `a_x = 1` and nothing else in its first row leaves x untouched. Those three rules
+are what the flags of the packed table (`Layout`) say; nothing else is derived from a solver's name.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ class Plan:
                 )
 
     def _check_registers(self) -> None:
-        evaluations, has_e = 0, False
+        evaluations, has_e, at_e = 0, False, False
         for i, stage in enumerate(self.stages):
             reach = max(len(stage.b), len(stage.g)) - 1
             if not stage.evaluate:
@@ -378,7 +378,7 @@ class Plan:
             if (stage.a_e or stage.d_e) and not has_e:
                 raise ValueError(
                     f"Plan: stage {i} reads e (a_e = {stage.a_e}, d_e = {stage.d_e}), "
-                    "but the stage before wrote none."
+                    "but no stage before wrote one."
                 )
             if stage.clip is not None and self.variable != "x0":
                 raise ValueError(
@@ -391,8 +391,8 @@ class Plan:
                     f"{self.variable!r}. Use a solver in x0 form (dpmpp-..., or ddim)."
                 )
             evaluations += stage.evaluate
-            has_e = stage.writes_e
-        if has_e:
+            has_e, at_e = has_e or stage.writes_e, stage.writes_e
+        if at_e:
             raise ValueError(
                 "Plan: the last stage must leave the result in x; its e row (d_x, d_e, g, c_e, s) "
                 "is not zero."

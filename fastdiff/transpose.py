@@ -108,10 +108,64 @@ class _Sums:
                 _add(x_bar, v, 1.0)
             before: Sum = {}
             _add(before, x_next, stage.a_e)
-            _add(before, e_bar, stage.d_e)
+            _add(before, e_bar, stage.d_e if stage.writes_e else 1.0)  # e keeps what it holds
             if at_e:
                 _add(before, v, 1.0)
             self.x[s], e_bar = x_bar, before
+
+
+def alternates(plan: Plan) -> bool:
+    """Whether every stage evaluates at one of x and e and updates the other from both and its h.
+
+    Such a stage can be undone: what it evaluated at is still there, and its h with it.
+    """
+    for i, stage in enumerate(plan.stages):
+        at_e = bool(int(plan.table[i, 0]) & AT_E)
+        moves_x = stage.writes_x and not stage.writes_e and len(stage.b) <= 1
+        moves_e = stage.writes_e and not stage.writes_x and len(stage.g) <= 1
+        undone = stage.a_x != 0.0 if at_e else stage.d_e != 0.0 or i == 0
+        plain = stage.evaluate and stage.clip is None and stage.threshold is None
+        plain = plain and not (stage.c or stage.c_e or stage.r or stage.s)
+        if not (plain and undone and (moves_x if at_e else moves_e)):
+            return False
+    return plan.uses_e
+
+
+def _alternating(plan: Plan) -> Transposed:
+    """The backward table of a plan that alternates: both cotangents are registers.
+
+    h_bar is b_0 x_bar or g_0 e_bar, so that no register holds it. A factor of e_bar alone waits
+    for the next row that writes e.
+    """
+    stages, count = plan.stages, len(plan.stages)
+    layout = Layout(0)
+    at = {name: i for i, name in enumerate(layout.columns)}
+    table = np.zeros((count + 1, layout.width))
+    table[:, [at["push"], at["push_x"]]] = -1
+    table[0, at["c_in_next"]] = stages[-1].q * _first(stages[-1].b)
+    factor = 0.0  # what the e register is to be multiplied with: nothing is owed to e at the end
+    for row, i in zip(table[1:], reversed(range(count)), strict=True):
+        stage, before = stages[i], stages[i - 1] if i > 0 else None
+        values = {"k_0": stage.c_in}
+        if int(plan.table[i, 0]) & AT_E:  # it moved x
+            values["flags"] = EVALUATE + WRITES_X + WRITES_E
+            values |= {"p": stage.p * _first(stage.b), "a_x": stage.a_x}
+            values |= {"d_x": stage.a_e, "d_e": factor, "g_0": 1.0}
+            factor = 1.0
+            values["c_in_next"] = before.q * _first(before.g) if before is not None else 0.0
+        else:  # it moved e
+            values["flags"] = EVALUATE + AT_E + WRITES_X
+            values |= {"p": factor * stage.p * _first(stage.g), "a_x": 1.0, "b_0": 1.0}
+            values["a_e"] = factor * stage.d_x
+            factor *= stage.d_e
+            values["c_in_next"] = before.q * _first(before.b) if before is not None else 0.0
+        _put(row, at, values)
+    table.setflags(write=False)
+    return Transposed(plan, table, layout, 0, ((),) * count)
+
+
+def _first(weights: tuple[float, ...]) -> float:
+    return weights[0] if weights else 0.0
 
 
 def transpose(plan: Plan) -> Transposed:
@@ -121,6 +175,8 @@ def transpose(plan: Plan) -> Transposed:
         NotImplementedError: A row would read more than 64 earlier cotangents: e is carried on
             through too many stages (d_e != 0) without being made anew from x.
     """
+    if alternates(plan):
+        return _alternating(plan)
     sums = _Sums(plan)
     stages, count = plan.stages, len(plan.stages)
 

@@ -231,6 +231,35 @@ def test_limits_have_the_gradient_that_autograd_gives_them(net, limits, backend)
         assert apart(gradients(net, plan, gradient, backend=backend), expected) < 1e-10
 
 
+@EACH
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_a_reversible_run_is_undone_without_stored_states(net, backend, scale):
+    plan = fd.plan(VP, "rex-1", 6, prediction="v", t_max=0.9, t_min=0.05)
+    guidance = None if scale is None else fd.CFG(scale, uncond={"y": 0.0})
+    options = {"guidance": guidance, "backend": backend}
+    expected = gradients(net, plan, "backprop", guidance=guidance)
+    for gradient in (fd.Discrete(), fd.Discrete(undo=True), fd.Discrete(checkpoint=3)):
+        assert apart(gradients(net, plan, gradient, **options), expected) < 1e-10, gradient
+
+
+def test_the_round_trip_of_a_reversible_run_is_close():
+    torch.manual_seed(0)
+    net = Net().double()
+    for steps, bound in ((10, 1e-12), (100, 1e-11)):
+        plan = fd.plan(VP, "rex-1", steps, prediction="v", t_max=0.9, t_min=0.05)
+        exact = gradients(net, plan, "discrete")
+        assert apart(gradients(net, plan, fd.Discrete(undo=True)), exact) < bound
+    plan = fd.plan(VP, "rex-1", 20, prediction="v", t_max=0.9, t_min=0.05)
+    exact = gradients(net, plan, "discrete")
+    single = gradients(net.float(), plan, fd.Discrete(undo=True), dtype=torch.float32)
+    assert apart([v.double() for v in single], exact) < 1e-3
+
+
+def test_plans_that_cannot_be_undone_are_refused(net):
+    with pytest.raises(ValueError, match=r"undo=True needs a plan.*rex-1"):
+        gradients(net, plan_of("deis-3"), fd.Discrete(undo=True))
+
+
 def test_straight_through_passes_a_threshold_by(net):
     plan = plan_of("ddim", 1, threshold=(0.5, 0.1))
     got = gradients(net, plan, fd.Discrete(threshold="straight-through"), cond=False)
@@ -459,6 +488,21 @@ def test_checkpoints_keep_fewer_states():
     assert grown <= 35 * state
 
 
+def test_a_run_that_is_undone_keeps_no_states():
+    def most(steps):
+        torch.manual_seed(0)
+        plan = fd.plan(VP, "rex-1", steps, prediction="v", t_max=0.9, t_min=0.05)
+        x = torch.randn(16, 64, requires_grad=True)
+        sampler = fd.Sampler(Wide(), plan, gradient=fd.Discrete(undo=True))
+        gc.collect()
+        with Peak() as peak:
+            sampler(x).sum().backward()
+        return peak.most
+
+    # tables and times: less than a quarter of a state for each of the 180 stages
+    assert most(100) - most(10) < 180 * 16 * 64 * 4 / 4
+
+
 @pytest.mark.parametrize(("gradient", "calls"), [("discrete", 2), (fd.Discrete(checkpoint=3), 3)])
 def test_a_stage_costs_one_more_evaluation_and_one_product(net, gradient, calls):
     plan, count = plan_of("deis-3", 6), []
@@ -588,6 +632,7 @@ def test_inference_mode_is_refused(net):
         (lambda: fd.Discrete(checkpoint=0), "from 1 on; got 0"),
         (lambda: fd.Discrete(checkpoint=True), "got True"),
         (lambda: fd.Discrete(threshold="none"), "got 'none'"),
+        (lambda: fd.Discrete(checkpoint=2, undo=True), "needs no checkpoint"),
         (lambda: fd.AdjointDEIS(4), "order is one of 1, 2, 3; got 4"),
         (lambda: fd.AdjointDEIS(form="v"), "got 'v'"),
         (lambda: fd.AdjointDEIS(states="kept"), "got 'kept'"),

@@ -180,7 +180,7 @@ PUBLIC = {
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule VE VPCosine VPDiscrete "
     "VPLinear prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS RhoAB RhoRK Rows Solver TABLEAUS get info names plan",
+    "Info LogRhoDEIS Reversible RhoAB RhoRK Rows Solver TABLEAUS get info names plan",
 }
 
 

@@ -787,7 +787,7 @@ def test_conditioning_with_one_value_a_stage_is_guided():
     [
         (lambda: fd.PerStage(torch.zeros(4)), r"\[S, B, ...\].*got \(4,\)"),
         (lambda: fd.PerStage([1.0]), "got"),
-        (lambda: run(cond={"y": fd.PerStage(torch.zeros(3, 2))}), "one entry a stage of the plan"),
+        (lambda: run(cond={"y": fd.PerStage(torch.zeros(9, 2))}), "one entry a stage of the plan"),
         (lambda: run(cond={"y": fd.PerStage(torch.zeros(4, 3))}), r"one stage of cond\['y'\]"),
     ],
 )

@@ -49,7 +49,9 @@ def follow(plan, schedule, x0, eps):
         outputs = [h, *history]
         x_next = stage.a_x * x + stage.a_e * (e if stage.a_e else 0.0)
         x_next += sum(b * o for b, o in zip(stage.b, outputs, strict=False))
-        e_next = stage.d_x * x + sum(g * o for g, o in zip(stage.g, outputs, strict=False))
+        e_next = stage.d_x * x + stage.d_e * e
+        e_next += sum(g * o for g, o in zip(stage.g, outputs, strict=False))
+        e_next = e_next if stage.writes_e else e
         at_e, moved = stage.writes_e, stage.writes_x
         x, e, history = x_next, e_next, outputs
         if moved:
@@ -368,6 +370,7 @@ def test_registry_names_are_the_field_names():
         "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4",
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
+        "rex-1",
     }  # fmt: skip
     for name in SOLVERS:
         info = fd.solvers.info(name)

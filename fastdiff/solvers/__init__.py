@@ -18,6 +18,7 @@ from .base import Rows, Solver
 from .ddim import DDIM, DDPM
 from .deis import DEIS, IPNDM, RhoAB
 from .dpm import DPMSolverMultistep, DPMSolverSinglestep, LogRhoDEIS
+from .reversible import Reversible
 from .runge_kutta import TABLEAUS, Euler, Heun, RhoRK
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "Reversible",
     "RhoAB",
     "RhoRK",
     "Rows",
@@ -74,6 +76,7 @@ _EDM = "Karras et al., arXiv:2206.00364"
 _DEIS = "Zhang & Chen, arXiv:2204.13902"
 _DPM = "Lu et al., arXiv:2206.00927"
 _DPMPP = "Lu et al., arXiv:2211.01095"
+_REX = "McCallum & Foster, arXiv:2410.11648"
 
 
 def _register(
@@ -150,6 +153,7 @@ for _k in (2, 3):
     _register(
         f"dpmpp-{_k}m", _k, 1, "multistep on x0", _DPMPP, DPMSolverMultistep, order=_k, form="x0"
     )
+_register("rex-1", 1, 2, "two coupled copies, undone without stored states", _REX, Reversible)
 
 
 def names() -> tuple[str, ...]:

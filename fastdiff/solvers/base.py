@@ -52,6 +52,7 @@ class Rows:
         *,
         x: tuple[float, Weights] | None = None,
         e: tuple[float, Weights] | None = None,
+        d_e: float = 0.0,
         c: float = 0.0,
         c_e: float = 0.0,
     ) -> int:
@@ -61,6 +62,7 @@ class Rows:
             t: Time of the evaluation; the point is e where the last `add` gave an e, else x.
             x: (weight of x, {evaluation: weight}) for x'; None leaves x as it is.
             e: The same for e', where the next evaluation is to be; None: the next is at x'.
+            d_e: Weight of the e before in e'.
             c, c_e: Weight of a fresh standard normal in x' and (the same normal) in e'.
 
         Returns:
@@ -84,6 +86,7 @@ class Rows:
                 b=_backwards(k, past_x),
                 c=c,
                 d_x=d_x,
+                d_e=d_e,
                 g=_backwards(k, past_e),
                 c_e=c_e,
                 noise=((len(self.stages) + 1, 1.0),) if c or c_e else (),
