@@ -2,7 +2,7 @@
 """One stage on every backend: its share of the copy bandwidth and the host's time per launch.
 
 A cell is a kind of row (M outputs combined, G guidance branches, the network's dtype, noise or
-not) at a size. Its rivals take turns on the same registers, of which there are as many sets as it
+not, forward or of the transposed plan that the backward pass runs) at a size. Its rivals take turns on the same registers, of which there are as many sets as it
 takes to pass the last cache (32 at most). On CUDA a turn is a queue of launches behind a short
 wait: events see the device's time alone and the host's clock the time to enqueue alone; elsewhere a
 launch is a call, and both are one. A row is timed only after the backends have agreed on it, to the
@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -32,7 +33,8 @@ from harness import Record, Timing
 
 from fastdiff import backends
 from fastdiff.backends import Registers
-from fastdiff.plan import Plan, Stage
+from fastdiff.plan import Layout, Plan, Stage
+from fastdiff.transpose import Transposed
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))
@@ -50,6 +52,30 @@ Calls = Sequence[Callable[[], Any]]
 
 
 @dataclass(frozen=True)
+class Backward:
+    """A transposed plan with what is read of a plan: its rows and whether they evaluate."""
+
+    transposed: Transposed
+
+    @property
+    def layout(self) -> Layout:
+        return self.transposed.layout
+
+    @property
+    def slots(self) -> int:
+        return self.transposed.slots
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """Of row 0, which makes h_bar of the last stage alone, and of the stages' rows."""
+        own = (stage.evaluate for stage in reversed(self.transposed.plan.stages))
+        return tuple(SimpleNamespace(evaluate=evaluate) for evaluate in (False, *own))
+
+    def pack(self, weights: Sequence[float]) -> Any:
+        return self.transposed.pack(len(weights))
+
+
+@dataclass(frozen=True)
 class Case:
     """A kind of row.
 
@@ -58,26 +84,42 @@ class Case:
         branches: G.
         network: Dtype of the network's outputs and of its next input.
         noise: Whether the row draws.
+        backward: Whether it is of the transposed plan: x, e and the outputs are cotangents, and the
+            input that it writes is the next product's.
     """
 
     outputs: int = 2
     branches: int = 1
     network: torch.dtype = torch.float32
     noise: bool = False
+    backward: bool = False
 
     @property
     def weights(self) -> tuple[float, ...]:
-        return GUIDANCE[self.branches - 1]
+        return (1.0,) * self.branches if self.backward else GUIDANCE[self.branches - 1]
 
     @property
     def copies(self) -> int:
         """Times the network's next input is written: none where the network is given x itself."""
-        return self.branches if self.branches > 1 or self.network != torch.float32 else 0
+        own = self.branches > 1 or self.network != torch.float32 or self.backward
+        return self.branches if own else 0
 
     @property
     def row(self) -> int:
-        """The first row of full order, which pushes as well if M > 1."""
-        return self.outputs - 1
+        """The first row of full order, which pushes as well if M > 1 (backward: M > 2)."""
+        return self.outputs if self.backward else self.outputs - 1
+
+    @property
+    def rows(self) -> Plan | Backward:
+        """What is bound."""
+        return Backward(self.plan.transpose()) if self.backward else self.plan
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Its row by column."""
+        rows = self.rows
+        row = rows.pack(self.weights)[self.row].tolist()
+        return dict(zip(replace(rows.layout, branches=self.branches).columns, row, strict=True))
 
     @functools.cached_property
     def plan(self) -> Plan:
@@ -93,29 +135,35 @@ class Case:
     def bytes(self, numel: int) -> int:
         """What its row moves, counted from the row's flags."""
         return harness.stage_bytes(
-            *(self.plan, self.row, numel, torch.float32, self.network),
+            *(self.rows, self.row, numel, torch.float32, self.network),
             weights=self.weights,
             copies=self.copies,
         )
 
     def __str__(self) -> str:
         dtype = str(self.network).removeprefix("torch.")
-        return f"M={self.outputs} G={self.branches} {dtype}" + ", noise" * self.noise
+        text = f"M={self.outputs} G={self.branches} {dtype}" + ", noise" * self.noise
+        return text + ", backward" * self.backward
 
 
 CHOSEN = (
     Case(),
     Case(noise=True),
+    Case(backward=True),
     Case(network=torch.bfloat16),
     Case(3, 2, torch.bfloat16, True),
+    Case(3, 2, backward=True),
 )
+SHOWN = CHOSEN[:3]  # on the page at every size
 
 
 def all_cases() -> tuple[Case, ...]:
-    """The chosen ones, then the rest of the product."""
+    """The chosen ones, then the rest of the product; of backward rows those in float32."""
     dtypes = (torch.float32, torch.bfloat16)
     product = itertools.product(range(1, 5), (1, 2), dtypes, (False, True))
-    return tuple(dict.fromkeys((*CHOSEN, *itertools.starmap(Case, product))))
+    found = [*CHOSEN, *itertools.starmap(Case, product)]
+    found += [Case(m, g, backward=True) for m, g in itertools.product(range(1, 5), (1, 2))]
+    return tuple(dict.fromkeys(found))
 
 
 def cells(short: bool, largest: int) -> list[tuple[Case, Shape]]:
@@ -149,15 +197,19 @@ def registers_of(case: Case, shape: Shape, device: torch.device) -> tuple[Regist
 
     out = normals(case.branches).to(case.network).flatten(0, 1)
     m = torch.zeros_like(out) if case.copies else None
-    history = normals(case.outputs - 1) if case.outputs > 1 else None
+    slots = case.rows.slots if case.backward else case.outputs - 1
+    history = normals(slots) if slots else None
     seeds = torch.arange(shape[0], device=device) if case.noise else None
-    return Registers(x=normals(1)[0], history=history, m=m, seeds=seeds), out
+    x = normals(1)[0]
+    e = normals(1)[0] if case.backward else None
+    return Registers(x=x, e=e, history=history, m=m, seeds=seeds), out
 
 
 def bind(name: str, case: Case, registers: Registers) -> Any:
     """A backend's stage for a case, on these registers."""
-    table = torch.from_numpy(case.plan.pack(case.weights))
-    layout = replace(case.plan.layout, branches=case.branches)
+    rows = case.rows
+    table = torch.from_numpy(rows.pack(case.weights))
+    layout = replace(rows.layout, branches=case.branches)
     return backends.get(name).bind(registers, table, layout)
 
 
@@ -259,10 +311,92 @@ def _update(noise: bool, x: Any, h: Any, past: Any, outputs: Any, inputs: Any, r
         m.copy_(total)
 
 
-def compiled_update(noise: bool) -> Any:
-    """`_update` under `torch.compile`, on its own: what was compiled before is forgotten."""
+class EagerBackward:
+    """A row of the transposed plan as `Eager` writes one; arguments as there.
+
+        v = p e + sum of the outputs,   x' = a x + b v,   e' = d x + g v + sum g_j past_j,   m = e'
+
+    and where the row pushes, x goes to the history.
+    """
+
+    def __init__(
+        self, case: Case, registers: Registers, out: torch.Tensor, *, compiled: Any = None
+    ) -> None:
+        assert registers.e is not None
+        assert registers.m is not None
+        value, x = case.values, registers.x
+        self.x, self.e, self.h = x, registers.e, torch.zeros_like(x)
+        self.outputs = list(out.view(case.branches, *x.shape))
+        self.inputs = list(registers.m.view(case.branches, *x.shape))
+        past = [] if registers.history is None else list(registers.history)
+        terms = range(int(value["n_terms"]))
+        self.past = [past[int(value[f"slot_{k}"])] for k in terms]
+        self.g_past = [value[f"past_g_{k}"] for k in terms]
+        self.pushed = past[int(value["push_x"])] if value["push_x"] >= 0 else None
+        self.p, self.a, self.b, self.d, self.g = (
+            value[name] for name in ("p", "a_x", "b_0", "d_x", "g_0")
+        )
+        if compiled is not None:
+            numbers = [self.p, self.a, self.b, self.d, self.g, *self.g_past]
+            row = torch.tensor(numbers, dtype=torch.float32, device=x.device)
+            # tensors of their own, as in `Eager`; what is pushed to may be one that is read
+            own = {id(t): t.clone() for t in past}
+            read = [own[id(t)] for t in self.past]
+            pushed = None if self.pushed is None else own[id(self.pushed)]
+            inputs = [t.clone() for t in self.inputs]
+            self.arguments = (x, self.e, read, pushed, self.outputs, inputs, row)
+            self.compiled = compiled
+
+    def __call__(self) -> None:
+        x, e, v = self.x, self.e, self.h
+        torch.add(self.outputs[0], e, alpha=self.p, out=v)
+        for out in self.outputs[1:]:
+            v.add_(out)
+        torch.mul(x, self.d, out=e)
+        e.add_(v, alpha=self.g)
+        for g, past in zip(self.g_past, self.past, strict=True):
+            e.add_(past, alpha=g)
+        if self.pushed is not None:
+            self.pushed.copy_(x)
+        x.mul_(self.a).add_(v, alpha=self.b)
+        for m in self.inputs:
+            m.copy_(e)
+
+    def run_compiled(self) -> None:
+        self.compiled(*self.arguments)
+
+
+def _update_backward(
+    x: Any, e: Any, past: Any, pushed: Any, outputs: Any, inputs: Any, row: Any
+) -> None:
+    p, a, b, d, g, *g_past = row.unbind()
+    v = p * e
+    for out in outputs:
+        v = v + out
+    total = d * x + g * v
+    for weight, register in zip(g_past, past, strict=True):
+        total = total + weight * register
+    new = a * x + b * v
+    if pushed is not None:
+        pushed.copy_(x)
+    x.copy_(new)
+    e.copy_(total)
+    for m in inputs:
+        m.copy_(total)
+
+
+def eager_of(case: Case) -> type[Eager] | type[EagerBackward]:
+    return EagerBackward if case.backward else Eager
+
+
+def update_of(case: Case) -> Callable[..., None]:
+    return _update_backward if case.backward else functools.partial(_update, case.noise)
+
+
+def compiled_update(case: Case) -> Any:
+    """Its update under `torch.compile`, on its own: what was compiled before is forgotten."""
     torch._dynamo.reset()
-    return torch.compile(functools.partial(_update, noise), dynamic=False)
+    return torch.compile(update_of(case), dynamic=False)
 
 
 def empty_kernel(device: torch.device) -> Calls:
@@ -313,11 +447,12 @@ def gate(case: Case, device: torch.device, shape: Shape = (3, 1040)) -> None:
         place = torch.device("cpu") if name == "cpu" else device
         registers = _moved(made, place)
         run, out = bind(name, case, registers), output.to(place)
-        for row in range(len(case.plan.stages)):
-            run(row, out, None)
+        for row, stage in enumerate(case.rows.stages):
+            run(row, out if stage.evaluate else None, None)
         if hasattr(run, "check"):
             run.check()
-        ends = [registers.x, *(() if registers.history is None else registers.history)]
+        ends = [registers.x, *(() if registers.e is None else (registers.e,))]
+        ends += [] if registers.history is None else list(registers.history)
         ends += [] if registers.m is None else list(registers.m.view(-1, *shape))
         got = torch.stack([end.float().cpu() for end in ends])
         if wanted is None:
@@ -336,7 +471,7 @@ def gate(case: Case, device: torch.device, shape: Shape = (3, 1040)) -> None:
 def _moved(registers: Registers, device: torch.device) -> Registers:
     tensors = {
         name: value.to(device, copy=True)
-        for name in ("x", "history", "m", "seeds")
+        for name in ("x", "e", "history", "m", "seeds")
         if (value := getattr(registers, name)) is not None
     }
     return Registers(**tensors)
@@ -440,14 +575,17 @@ def measure(case: Case, shape: Shape, setting: Setting, lost: list[str]) -> list
     device, numel = setting.device, math.prod(shape)
     moved, cache = case.bytes(numel), cache_bytes(device)
     small = 4 * numel <= MIB
-    footprint = 4 * numel * (case.outputs + 3 + case.noise) + 2 * case.branches * numel * 4
+    footprint = (
+        4 * numel * (case.outputs + 3 + case.noise + case.backward) + 2 * case.branches * numel * 4
+    )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what other cells have left, which the driver counts as taken
     if 2 * footprint > free_bytes(device):
         raise MemoryError(f"needs {2 * footprint / GIB:.1f} GiB of free memory")
     sets = max(1, min(32, math.ceil(3 * cache / moved)))
     made = [registers_of(case, shape, device) for _ in range(sets)]
-    eager = [Eager(case, registers, out) for registers, out in made]
+    write = eager_of(case)
+    eager = [write(case, registers, out) for registers, out in made]
     runs: list[Any] = []
 
     def ours(name: str) -> Calls:
@@ -457,8 +595,8 @@ def measure(case: Case, shape: Shape, setting: Setting, lost: list[str]) -> list
         return [functools.partial(run, case.row, out, None) for run, (_, out) in pairs]
 
     def inductor() -> Calls:
-        update = compiled_update(case.noise)
-        loops = [Eager(case, registers, out, compiled=update) for registers, out in made]
+        update = compiled_update(case)
+        loops = [write(case, registers, out, compiled=update) for registers, out in made]
         return [loop.run_compiled for loop in loops]
 
     makers: dict[str, Callable[[], Calls]] = {
@@ -506,6 +644,7 @@ def measure(case: Case, shape: Shape, setting: Setting, lost: list[str]) -> list
             outputs=case.outputs,
             branches=case.branches,
             noise=case.noise,
+            backward=case.backward,
             moved=by_rival,
             in_cache=sets * moved < 2 * cache,
             **dict(setting.where),
@@ -546,7 +685,7 @@ def _place(shape: Sequence[int]) -> tuple[bool, int]:
 
 def _case_of(line: Record) -> Case:
     network = getattr(torch, line["network"])
-    return Case(line["outputs"], line["branches"], network, line["noise"])
+    return Case(line["outputs"], line["branches"], network, line["noise"], line["backward"])
 
 
 def report(records: Sequence[Record]) -> str:
@@ -576,13 +715,17 @@ def targets(records: Sequence[Record], device: str) -> str:
         rows.append([what, bound, shown, "met" if good(worst) else "not met"])
 
     names = ("fastdiff cpu",) if device == "cpu" else ("fastdiff cuda", "fastdiff triton")
-    for name, noise in itertools.product(names, (False, True)):
+    kinds = {"without noise": (False, False), "with noise": (True, False)}
+    kinds["backward"] = (False, True)
+    for name, (kind, flags) in itertools.product(names, kinds.items()):
         found = [
             r["share_median"]
             for r in records
-            if r["rival"] == name and r["noise"] is noise and 4 * math.prod(r["shape"]) >= LARGE
+            if r["rival"] == name
+            and (r["noise"], r["backward"]) == flags
+            and 4 * math.prod(r["shape"]) >= LARGE
         ]
-        what = f"{name}, {'with' if noise else 'without'} noise, 64 MiB and up: share of copy_"
+        what = f"{name}, {kind}, 64 MiB and up: share of copy_"
         add(what, f"at least {SHARE:.2f}", found, lambda v: v >= SHARE)
     if device == "cuda":
 
@@ -623,7 +766,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 @click.option(
     *("--short/--full", "short"),
     default=None,
-    help="Four rows at three sizes, or all. Full on CUDA, short elsewhere.",
+    help="Six rows at three sizes, or all. Full on CUDA, short elsewhere.",
 )
 @click.option("--largest", type=float, help="MiB a register, at most; 1024 on CUDA, 64 elsewhere.")
 @click.option("--compile", "compiled", is_flag=True, help="torch.compile as well.")
@@ -719,7 +862,7 @@ def main(
     notes += [f"Failed: {line}" for line in lost]
     page = _page(parts, notes, records, place)
     click.echo(page)
-    others = [r for r in records if _case_of(r) not in CHOSEN[:2]]
+    others = [r for r in records if _case_of(r) not in SHOWN]
     if others:
         click.echo("\n" + report(others))
     if summary is not None:
@@ -733,8 +876,8 @@ def main(
 
 
 def _page(parts: Sequence[str], notes: Sequence[str], records: Sequence[Record], place: str) -> str:
-    """The machine, the notes, the targets, and the first two rows at every size."""
-    shown = [r for r in records if _case_of(r) in CHOSEN[:2]]
+    """The machine, the notes, the targets, and the rows of `SHOWN` at every size."""
+    shown = [r for r in records if _case_of(r) in SHOWN]
     blocks = [*parts, "\n".join(f"- {n}" for n in notes), targets(records, place), report(shown)]
     return "\n\n".join(blocks)
 
