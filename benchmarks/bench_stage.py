@@ -2,12 +2,13 @@
 """One stage on every backend: its share of the copy bandwidth and the host's time per launch.
 
 A cell is a kind of row (M outputs combined, G guidance branches, the network's dtype, noise or
-not, forward or of the transposed plan that the backward pass runs) at a size. Its rivals take turns on the same registers, of which there are as many sets as it
-takes to pass the last cache (32 at most). On CUDA a turn is a queue of launches behind a short
-wait: events see the device's time alone and the host's clock the time to enqueue alone; elsewhere a
-launch is a call, and both are one. A row is timed only after the backends have agreed on it, to the
-bit where that is promised. Cells come in order of importance, and results are written cell by cell:
-a run that is cut short leaves the best part.
+not, forward or of the transposed plan that a backward pass runs) at a size. Its rivals take turns
+on the same registers, of which there are as many sets as it takes to pass the last cache (32 at
+most). On CUDA a turn is a queue of launches behind a short wait: events see the device's time alone
+and the host's clock the time to enqueue alone; elsewhere a launch is a call, and both are one. A
+row is timed only after the backends have agreed on it, to the bit where that is promised. Cells
+come in order of importance, and results are written cell by cell: a run that is cut short leaves
+the best part.
 
     python benchmarks/bench_stage.py --short --out benchmarks/results/stage.jsonl
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU check: builds, runs the tests marked gpu, times stages and whole loops, and sums up.
+"""The GPU check: builds, runs the tests marked gpu, times stages, loops and gradients, and sums up.
 
 Each phase is a process with a time limit of its own; a phase that fails or hangs does not keep the
 next from running. Needs a CUDA device, a Python with torch, pytest, click and pybind11, and nothing
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "gpu-check"
-BENCHES = ("stage", "loop")  # the rows and the page of each are named for it
+BENCHES = ("stage", "loop", "gradients")  # the rows and the page of each are named for it
 
 # Asked in a process of its own: this one never holds the device.
 PROBE = """
@@ -126,9 +126,9 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
     tests += ["--continue-on-collection-errors"]  # some tests import what a GPU machine has not
     tests += ["--durations=5"] if full else ["-m", "gpu and not slow"]
     # of a benchmark: its limit, and what of it is for the cell that runs as its budget ends
-    limits = {"stage": (45, 18), "loop": (45, 15)}
+    limits = {"stage": (38, 18), "loop": (36, 15), "gradients": (36, 15)}
     if full:
-        limits = {"stage": (95, 25), "loop": (130, 20)}
+        limits = {"stage": (85, 25), "loop": (100, 20), "gradients": (52, 20)}
     benches = {}
     for name, (limit, last) in limits.items():
         bench = [python, f"benchmarks/bench_{name}.py", "--device", "cpu" if cpu else "cuda"]
@@ -144,9 +144,11 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
         build = [python, "-c", "import fastdiff, fastdiff._native"]
         benches["stage"] += ["--largest", "1", "--seconds", "0", "--rounds", "1"]
         benches["loop"] += ["--case", "null", "--case", "mlp", "--seconds", "0", "--rounds", "1"]
+        benches["gradients"] += ["--part", "time", "--part", "memory", "--steps", "2"]
+        benches["gradients"] += ["--memory-steps", "2,3", "--seconds", "0", "--rounds", "1"]
     return [
-        Phase("build", build, 95 if full else 75),
-        Phase("tests", tests, 155 if full else 70),
+        Phase("build", build, 90 if full else 70),
+        Phase("tests", tests, 150 if full else 58),
         *(Phase(f"{name} benchmark", benches[name], limits[name][0]) for name in BENCHES),
     ]
 

@@ -776,9 +776,9 @@ def differentiable(
     """
     plan, guidance = sampler._plan, sampler._guidance
     if isinstance(gradient, AdjointDEIS):
-        check_continuous(gradient, plan, guidance)
         if varies(cond):
             gradient = _on_the_plans_times(gradient, plan)
+        check_continuous(gradient, sampler)
     held = tensors_in(cond)
     named = (*params, *held, *extras)
     needs = tuple(tensor.requires_grad for tensor in (x, *named))
@@ -855,8 +855,9 @@ def _flat(value: Any) -> list[torch.Tensor]:
 # -- the continuous adjoint ------------------------------------------------------------------------
 
 
-def check_continuous(gradient: AdjointDEIS, plan: Plan, guidance: CFG | None) -> None:
-    """Raises where the continuous adjoint has no meaning or no limit."""
+def check_continuous(gradient: AdjointDEIS, sampler: Any) -> None:
+    """Raises where the continuous adjoint of a sampler's plan has no meaning or no limit."""
+    plan, guidance = sampler._plan, sampler._guidance
     who = "AdjointDEIS"
     if any(stage.clip is not None or stage.threshold is not None for stage in plan.stages):
         raise ValueError(
@@ -894,7 +895,7 @@ def check_continuous(gradient: AdjointDEIS, plan: Plan, guidance: CFG | None) ->
             f"{ends[0]:g} to {ends[1]:g} of {schedule}. Make the plan with t_max and t_min inside, "
             "or leave it out."
         )
-    _nodes(gradient, schedule, plan)
+    _own_plan(sampler, gradient, schedule, plan)
 
 
 def _on_the_plans_times(gradient: AdjointDEIS, plan: Plan) -> AdjointDEIS:
@@ -1029,7 +1030,7 @@ def _continuous(sweep: _Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tenso
 def _own_plan(sampler: Any, gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> Plan:
     """The adjoint's plan, made once for a sampler's plan and gradient."""
     held = sampler._adjoint
-    if held is None or held[0] is not gradient or held[1] is not plan:
+    if held is None or held[0] != gradient or held[1] is not plan:
         held = sampler._adjoint = (gradient, plan, _nodes(gradient, schedule, plan))
     return held[2]
 

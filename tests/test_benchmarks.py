@@ -312,8 +312,10 @@ def test_bench_stage_runs(tmp_path):
     arguments += ["--out", out, "--summary", summary, "--docs", page, "--commit", "abc"]
     output = invoke(load("bench_stage"), *arguments)
     lines = [r for r in records(out) if not r["rival"].startswith("diffusers")]
-    assert len(lines) == 4 * 4  # four rows at 4 KiB; copy_, eager torch, cpu and torch
+    assert len(lines) == 6 * 4  # six rows at 4 KiB; copy_, eager torch, cpu and torch
     assert {r["commit"] for r in lines} == {"abc"}
+    back = {(r["outputs"], r["rival"]): r for r in lines if r["backward"]}
+    lines = [r for r in lines if not r["backward"]]
     by = {(r["outputs"], r["network"], r["noise"], r["rival"]): r for r in lines}
     # 1024 elements: x twice, the output, H1 and the push
     assert by[2, "float32", False, "fastdiff cpu"]["moved"] == 5 * 4096
@@ -322,7 +324,11 @@ def test_bench_stage_runs(tmp_path):
     assert by[2, "bfloat16", False, "fastdiff cpu"]["moved"] == 4 * 4096 + 2 * 2048
     # one more H; two outputs and two inputs
     assert by[3, "bfloat16", True, "fastdiff cpu"]["moved"] == 5 * 4096 + 4 * 2048
-    assert all(r["share"] > 0 for r in lines)
+    # x, h_bar twice, the product and the next one's cotangent
+    assert back[2, "fastdiff cpu"]["moved"] == 6 * 4096
+    # an earlier x_bar as well, and this one kept; two products and two cotangents
+    assert back[3, "fastdiff cpu"]["moved"] == (5 + 3 + 2) * 4096
+    assert all(r["share"] > 0 for r in (*lines, *back.values()))
     assert "not measured" in output  # nothing of 64 MiB
     assert "not measured" in summary.read_text()
     assert "copy_" in page.read_text()
@@ -330,7 +336,8 @@ def test_bench_stage_runs(tmp_path):
 
 def test_bench_stage_has_every_row_once_and_the_weightiest_first():
     bench = load("bench_stage")
-    assert len(bench.all_cases()) == 4 * 2 * 2 * 2
+    assert len(bench.all_cases()) == 4 * 2 * 2 * 2 + 4 * 2
+    assert sum(case.backward for case in bench.all_cases()) == 4 * 2
     full = bench.cells(False, 1024 * bench.MIB)
     assert len(full) == len(set(full))
     assert full[: len(bench.CHOSEN) * 3] == bench.cells(True, 1024 * bench.MIB)
@@ -348,22 +355,32 @@ def test_the_rivals_of_a_stage_compute_what_it_computes():
     bench = load("bench_stage")
     for case in (c for c in bench.all_cases() if not c.noise):
         registers, out = bench.registers_of(case, (2, 64), torch.device("cpu"))
-        start = registers.x.clone()
-        eager = bench.Eager(case, registers, out)
-        # the eager history holds h / p, and weighs it by b p
-        if registers.history is not None:
-            registers.history.div_(bench.P)
-        eager()
-        wanted = registers.x.clone()
-        registers.x.copy_(start)
-        if registers.history is not None:
-            registers.history.mul_(bench.P)
-        again = bench.Eager(case, registers, out, compiled=lambda *a: bench._update(False, *a))
-        again.run_compiled()
-        torch.testing.assert_close(registers.x, wanted)
-        registers.x.copy_(start)
+        kept = [
+            t for t in (registers.x, registers.e, registers.history, registers.m) if t is not None
+        ]
+        starts = [t.clone() for t in kept]
+
+        def again(kept=kept, starts=starts):
+            for register, start in zip(kept, starts, strict=True):
+                register.copy_(start)
+
         bench.bind("torch", case, registers)(case.row, out, None)
-        torch.testing.assert_close(registers.x, wanted)
+        moved = [t.clone() for t in kept]
+        again()
+        write = bench.eager_of(case)
+        compiled = write(case, registers, out, compiled=bench.update_of(case))
+        compiled.run_compiled()
+        torch.testing.assert_close(registers.x, moved[0])
+        if case.backward:
+            torch.testing.assert_close(registers.e, moved[1])
+        again()
+        # the forward rival's history holds h / p, and weighs it by b p
+        if registers.history is not None and not case.backward:
+            registers.history.div_(bench.P)
+        write(case, registers, out)()
+        whole = case.backward or registers.history is None
+        for register, wanted in list(zip(kept, moved, strict=True))[: None if whole else 1]:
+            torch.testing.assert_close(register, wanted)
 
 
 def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
@@ -388,7 +405,7 @@ def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
     arguments = ["--device", "cpu", "--largest", "0.0625", "--seconds", "0", "--rounds", "1"]
     result = CliRunner().invoke(bench.main, arguments)
     assert result.exit_code == 1
-    assert "4 rows did not pass the gate" in result.output
+    assert "6 rows did not pass the gate" in result.output
 
 
 def test_triton_passes_the_gate_of_the_stage(monkeypatch):
@@ -405,7 +422,7 @@ def test_a_rival_that_fails_leaves_the_others(monkeypatch, tmp_path):
     bench = load("bench_stage")
     monkeypatch.setattr(bench, "CHOSEN", bench.CHOSEN[:1])
 
-    def broken(noise):
+    def broken(case):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(bench, "compiled_update", broken)
@@ -444,11 +461,12 @@ def test_a_turn_on_cuda_times_the_device_and_the_host_apart(monkeypatch):
 def test_a_target_is_held_against_the_worst_cell():
     bench = load("bench_stage")
 
-    def line(rival, shape, noise=False, share=0.0, host=1.0):
+    def line(rival, shape, noise=False, share=0.0, host=1.0, backward=False):
         return {
             "rival": rival,
             "shape": shape,
             "noise": noise,
+            "backward": backward,
             "share_median": share,
             "host": host,
         }
@@ -458,6 +476,7 @@ def test_a_target_is_held_against_the_worst_cell():
         line("fastdiff cuda", large, share=0.95),
         line("fastdiff cuda", large, share=0.89),
         line("fastdiff triton", large, share=0.91, noise=True),
+        line("fastdiff triton", large, share=0.85, backward=True),
         line("fastdiff cuda", small, host=7.9, share=0.1),
         line("fastdiff triton", small, host=12.0),
         line(bench.LAUNCHER, small, host=8.0),
@@ -466,13 +485,13 @@ def test_a_target_is_held_against_the_worst_cell():
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(c[2], c[3]) for c in cells] == [
         ("0.890 (worst of 2)", "not met"),
-        ("", "not measured"),
-        ("", "not measured"),
+        *[("", "not measured")] * 3,
         ("0.910 (worst of 1)", "met"),
+        ("0.850 (worst of 1)", "not met"),
         ("7.90 (worst of 1)", "met"),
         ("12.0 (worst of 1)", "met"),
     ]
-    assert cells[5][1] == "under 13.0"
+    assert cells[7][1] == "under 13.0"
 
 
 # -- whole loops -----------------------------------------------------------------------------------
@@ -797,6 +816,278 @@ def test_the_networks_own_time_is_that_of_its_kind():
     assert "1.00 / 1.00" in report
 
 
+# -- gradients -------------------------------------------------------------------------------------
+
+
+def test_the_mixture_to_differentiate_is_the_librarys():
+    bench = load("bench_gradients")
+    order, network = load("bench_order"), bench.Mixture()
+    x, t = torch.randn(5, 8, dtype=torch.float64), torch.linspace(0.05, 1.0, 5).double()
+    for z in (torch.zeros(2), torch.tensor([0.3, -0.2])):
+        means = network.means * (1 + z[0]) + z[1] * network.moves
+        model = fd.models.GaussianMixture(order.WEIGHTS, means, order.VARIANCES)
+        got = network(x, t, z.double().expand(5, 2))
+        torch.testing.assert_close(got, model.network(bench.VP)(x, t))
+
+
+def test_errors_are_medians_over_samples_and_of_parameters_in_all():
+    bench = load("bench_gradients")
+    exact = {"x": torch.eye(3), "theta": torch.tensor([3.0, 4.0])}
+    found = {"x": torch.diag(torch.tensor([1.1, 1.0, 9.0])), "theta": torch.tensor([3.0, 4.5])}
+    errors = bench.apart(found, exact)
+    assert errors["x"] == pytest.approx(0.1)
+    assert errors["theta"] == pytest.approx(0.1)
+
+
+def test_gradients_are_gated_before_they_are_measured(monkeypatch):
+    bench = load("bench_gradients")
+    bench.gate()
+    real = bench.gradients
+
+    def wrong(flow, plan, gradient, **options):
+        found = real(flow, plan, gradient, **options)
+        if gradient == fd.AdjointDEIS(2):
+            found["theta"] = 1.02 * found["theta"]
+        return found
+
+    monkeypatch.setattr(bench, "gradients", wrong)
+    monkeypatch.setattr(bench, "measure_time", lambda *a: pytest.fail("it timed"))
+    result = CliRunner().invoke(bench.main, ["--part", "time", "--device", "cpu"])
+    assert isinstance(result.exception, harness.GateError)
+    assert "AdjointDEIS(2), of theta" in str(result.exception)
+
+
+def test_a_wrong_torchdiffeq_is_refused(monkeypatch):
+    pytest.importorskip("torchdiffeq", reason="the rival; pip install 'fastdiff-engine[bench]'")
+    bench = load("bench_gradients")
+    real = bench.InLambda.forward
+    monkeypatch.setattr(bench.InLambda, "forward", lambda self, lam, x: 0.9 * real(self, lam, x))
+    with pytest.raises(harness.GateError, match="torchdiffeq dopri5"):
+        bench.gate()
+
+
+def test_a_case_with_a_wrong_gradient_is_not_timed(monkeypatch):
+    bench = load("bench_gradients")
+    real = bench.by_library
+
+    def wrong(flow, plan, gradient, network=None, graph=None):
+        run = real(flow, plan, gradient, network, graph)
+        if network is None:
+            return run
+        return lambda: [g if g is None else 1.01 * g for g in run()]
+
+    monkeypatch.setattr(bench, "gate", lambda: None)
+    monkeypatch.setattr(bench, "cases", lambda place, short: [bench.Case("digits", 2)])
+    monkeypatch.setattr(bench, "by_library", wrong)
+    monkeypatch.setattr(bench.harness, "race", lambda *a, **k: pytest.fail("it timed"))
+    arguments = ["--part", "time", "--device", "cpu", "--steps", "2", "--no-torchdiffeq"]
+    result = CliRunner().invoke(bench.main, arguments)
+    assert result.exit_code == 1
+    assert "Gate: backprop, checkpointed by step, of x" in result.output
+    assert "1 cases did not pass the gate" in result.output
+
+
+def test_a_solver_that_asks_for_too_many_calls_is_stopped():
+    pytest.importorskip("torchdiffeq", reason="the rival; pip install 'fastdiff-engine[bench]'")
+    bench = load("bench_gradients")
+    flow = bench.mixture(2)
+    found, calls = bench.their_gradients(flow, **bench.stepped(flow, "midpoint", 3))
+    assert calls == 3 * 2 * 2
+    assert len(found) == 3  # of x, z and the means
+    with pytest.raises(bench.Exhausted, match="more than 11 calls"):
+        bench.their_gradients(flow, 11, **bench.stepped(flow, "midpoint", 3))
+
+
+def test_ours_stands_beside_the_best_within_as_many_calls():
+    bench = load("bench_gradients")
+    ours, other = bench.HELD[0], "discrete, ddim"
+    points = {
+        ours: {10: 0.5, 20: 0.1},
+        other: {10: 0.2, 20: 0.15},
+        "torchdiffeq rk4": {8: 0.4, 16: 0.3},
+        "torchdiffeq midpoint": {12: 0.05, 24: 0.01},
+    }
+    budgets = [6, 10, 20]
+    assert bench.best_of(points, bench.THEIR_BEST, budgets) == {10: 0.4, 20: 0.05}
+    assert bench.best_of(points, bench.OUR_BEST, budgets) == {10: 0.2, 20: 0.1}
+    assert bench.best_of(points, "torchdiffeq rk4", budgets) == {10: 0.4, 20: 0.3}
+    assert bench.factors(points, ours, budgets) == pytest.approx({10: 0.8, 20: 0.5})
+    assert bench.factors(points, bench.OUR_BEST, budgets) == pytest.approx({10: 2.0, 20: 0.5})
+
+
+def line_of_gradients(part, rival, value, steps=20, theta=False, device="cpu"):
+    numbers = dict.fromkeys(("best", "p20", "median", "p80"), value)
+    where = {"part": part, "rival": rival, "device": device, "network": "digits", "theta": theta}
+    return {**where, "shape": [16, 1, 8, 8], "steps": steps, **numbers}
+
+
+def test_targets_of_gradients_are_met_or_not_or_not_measured():
+    bench = load("bench_gradients")
+    state, mib = 16 * 64 * 4, 2**20
+    found = [
+        line_of_gradients("time", bench.BARE, 100.0),
+        line_of_gradients("time", bench.DISCRETE, 109.0),
+        line_of_gradients("time", bench.CHECKPOINTED, 108.0),
+        line_of_gradients("time", bench.BARE, 100.0, theta=True),
+        line_of_gradients("time", bench.DISCRETE, 111.0, theta=True),
+    ]
+    for theta, kept in ((False, 0), (True, mib // 50)):
+        for steps in (10, 100):
+            of_ours = mib + steps * (state + kept)
+            found.append(line_of_gradients("memory", bench.DISCRETE, of_ours, steps, theta))
+            whole = mib + steps * (state + mib)
+            found.append(line_of_gradients("memory", bench.BACKPROP, whole, steps, theta))
+    errors = {
+        "mixture": {bench.HELD[0]: {10: 0.1, 200: 0.1}, "torchdiffeq rk4": {10: 0.2, 160: 0.05}},
+        "digits": {bench.HELD[0]: {10: 0.1, 20: 0.1}, "torchdiffeq rk4": {10: 0.3, 16: 0.05}},
+        "empirical": {bench.HELD[0]: {10: 0.1}},
+    }
+
+    def shown(lines, errors):
+        rows = bench.targets(lines, errors, [10, 20, 200]).splitlines()[2:]
+        rows = [row.strip("|").split("|") for row in rows]
+        return [(cells[2].strip(), cells[3].strip()) for cells in rows]
+
+    verdicts = shown(found, errors)
+    assert verdicts[:5] == [
+        ("1.090 / 1.090", "met"),
+        ("1.110 / 1.110", "not met"),
+        ("1.009 of it", "not met"),
+        ("0", "met"),
+        ("0.0200", "not met"),
+    ]
+    # 200 evaluations are past the target; at 20 torchdiffeq is closer
+    assert verdicts[5] == ("2.00 to 2.00", "met")
+    assert verdicts[7] == ("0.500 to 3.00; not at 20", "not met")
+    assert verdicts[9:] == [("", "not measured")] * 2
+    cuda = [{**line, "device": "cuda"} for line in found]
+    assert shown(cuda, {})[:2] == [("", "not measured")] * 2
+
+
+def test_memory_counts_what_lives():
+    bench = load("bench_gradients")
+    with bench.Peak() as peak:
+        a = torch.zeros(1000)
+        b = a.view(10, 100)  # the same memory
+        del a, b
+        c = torch.ones(500)
+    assert (peak.most, peak.now) == (4000, 2000)
+    del c
+    assert peak.now == 0
+
+
+def test_memory_grows_as_the_case_says():
+    bench = load("bench_gradients")
+    setting = bench.Setting(CPU, 1, 0.0, False, (("device", "cpu"),))
+    lines = bench.measure_memory(bench.Case("digits", 2), setting, lost := [], (2, 4))
+    assert lost == []
+    grown = {rival: bench._growth(by) for (_, rival), by in bench.peaks(lines).items()}
+    state = 2 * 64 * 4
+    assert grown[bench.DISCRETE] < 3 * state < 50 * state < grown[bench.BACKPROP]
+    assert grown[bench.CHECKPOINTED] < 3 * state
+    assert "states a step" in bench.report_memory(lines)
+
+
+def test_a_fine_path_has_the_noise_of_the_coarse_one():
+    bench = load("bench_gradients")
+    flow = bench.Flow("", lambda x, t: torch.full_like(x, 0.3), "x0", torch.randn(3, 4).double())
+    plan = bench.plan_of(flow, "ddim", 4, eta=1.0)
+    fine, xi = bench.path_of(flow, plan, 8, seed=0)
+    assert len(fine.stages) == len(xi) == 4 * 8
+    # the network says the same everywhere, so both end where the path takes them
+    ends = [fd.sample(flow.network, flow.start, plan, seed=0)]
+    ends += [fd.sample(flow.network, flow.start, fine, xi=xi)]
+    torch.testing.assert_close(*ends)
+    assert 0.9 < float(torch.stack(xi).std()) < 1.1
+
+
+def test_captured_gradients_are_rivals_too(monkeypatch):
+    bench = load("bench_gradients")
+    recorder(monkeypatch)
+    case = bench.Case("mlp", 2, steps=4)
+    flow = bench.flow_of(case, CPU)
+    plan = bench.plan_of(flow, "dpmpp-2m", 4)
+    runs = {
+        bench.BACKPROP: bench.by_library(flow, plan, "backprop"),
+        bench.CAPTURED: bench.by_library(flow, plan, "discrete", graph="loop"),
+    }
+    bench.gate_case(flow, runs)
+    assert bench.is_exact(bench.CAPTURED)
+    assert not bench.is_exact(bench.ADJOINT_CAPTURED)
+
+
+def test_a_gradient_that_fails_leaves_the_others(monkeypatch):
+    bench = load("bench_gradients")
+
+    def broken(network):
+        raise RuntimeError("no checkpoints here")
+
+    monkeypatch.setattr(bench, "recomputed", broken)
+    case = bench.Case("mlp", 1, steps=3)
+    runs = bench.made(case, bench.flow_of(case, CPU), False, lost := [])
+    assert lost == [f"{bench.CHECKPOINTED}, {case}: RuntimeError: no checkpoints here"]
+    assert {bench.DISCRETE, bench.BACKPROP} <= set(runs)
+
+
+def test_a_transformer_of_dits_size_keeps_its_shape():
+    bench = load("bench_gradients")
+    network = bench.Dit(width=48, depth=2, heads=2, size=8)
+    assert network(torch.randn(3, 4, 8, 8), torch.rand(3)).shape == (3, 4, 8, 8)
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_bench_gradients_runs(tmp_path, monkeypatch, theirs):
+    bench = load("bench_gradients")
+    there = bench.has_torchdiffeq()
+    if theirs and not there:
+        pytest.skip("torchdiffeq is missing: pip install 'fastdiff-engine[bench]'")
+    if not theirs:
+        monkeypatch.setattr(bench, "has_torchdiffeq", lambda: False)
+    monkeypatch.setattr(bench, "cases", lambda place, short: [bench.Case("mlp", 2)])
+    monkeypatch.setattr(bench, "memory_cases", lambda place: [bench.Case("mlp", 2)])
+    out, summary, page = (tmp_path / name for name in ("out.jsonl", "page.md", "docs.md"))
+    marks = [f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in ("gradients", "adjoint")]
+    page.write_text("".join(marks))
+    arguments = ["--device", "cpu", "--problem", "mixture", "--fine", 20, "--steps", 3]
+    arguments += ["--memory-steps", "3,4", "--evaluations", "8,12", "--table-steps", "4"]
+    arguments += ["--seconds", 0, "--rounds", 1, "--commit", "abc", "--out", out]
+    arguments += ["--summary", summary, "--docs", page, "--images", tmp_path]
+    before = torch.get_num_threads()
+    output = invoke(bench, *arguments)
+    assert torch.get_num_threads() == before
+    lines = records(out)
+    by_part = {part: [r for r in lines if r["part"] == part] for part in bench.PARTS}
+    assert {r["commit"] for r in lines} == {"abc"}
+    named = {r["rival"] for r in by_part["time"]}
+    assert {bench.BARE, bench.DISCRETE, bench.BACKPROP, bench.CHECKPOINTED} <= named
+    assert all(r["median"] > 0 for r in by_part["time"])
+    assert {r["steps"] for r in by_part["memory"]} == {3, 4}
+    errors = {r["rival"]: r["error"] for r in by_part["error"]}
+    # as many evaluations forward and backward
+    assert all(set(errors[name]) == {"8", "12"} for name in bench.OURS)
+    assert any(name.startswith("torchdiffeq") for name in (*named, *errors)) == theirs
+    table = {(r["problem"], r["grid"], r["of"]) for r in by_part["table"]}
+    leaves = ("a_x", "a_z", "a_theta")
+    assert table == {
+        *(("mixture", grid, leaf) for grid in ("logsnr", "uniform") for leaf in leaves),
+        *(("sde", "logsnr", leaf) for leaf in leaves),
+    }
+    assert ("torchdiffeq is not installed: its rows are left out." in output) != theirs
+    first, second = page.read_text().split("<!-- adjoint:begin -->")
+    assert "network evaluations" in first
+    assert "order 3, epsilon" in second
+    assert "states a step" in summary.read_text()
+    assert (tmp_path / "gradients.png").stat().st_size > 1000
+
+
+def test_a_budget_leaves_out_gradients_and_says_which(monkeypatch):
+    bench = load("bench_gradients")
+    monkeypatch.setattr(bench, "gate", lambda: None)
+    monkeypatch.setattr(bench, "measure_time", lambda *a: pytest.fail("it ran"))
+    output = invoke(bench, "--device", "cpu", "--part", "time", "--budget", 1)
+    assert "The budget of 1 s left out time, digits network, batch 16, a_x." in output
+
+
 # -- the GPU check ---------------------------------------------------------------------------------
 
 
@@ -830,7 +1121,7 @@ def test_the_phases_fit_in_their_minutes(tmp_path):
     check = load("gpu_check")
     for setting, most in (("short", 240), ("full", 480)):
         phases = check.phases_of(setting, tmp_path, False, "abc")
-        names = ["build", "tests", "stage benchmark", "loop benchmark"]
+        names = ["build", "tests", *(f"{name} benchmark" for name in check.BENCHES)]
         assert [p.name for p in phases] == names
         assert sum(p.seconds for p in phases) < most
         for phase in phases[2:]:
@@ -863,6 +1154,7 @@ def test_the_gpu_check_sums_up_and_fails_with_its_phases(monkeypatch, capsys, tm
     def phases(setting, folder, cpu, commit):
         (folder / "stage.md").write_text("the table\n")
         (folder / "loop.md").write_text("the loops\n")
+        (folder / "gradients.md").write_text("the gradients\n")
         return [check.Phase("only", [sys.executable, "-c", f"{show}; exit({next(codes)})"], 60)]
 
     monkeypatch.setattr(check, "phases_of", phases)
@@ -870,7 +1162,7 @@ def test_the_gpu_check_sums_up_and_fails_with_its_phases(monkeypatch, capsys, tm
     text = (tmp_path / "gpu-check.md").read_text()
     assert "gpu A GPU" in text
     assert "`90 False`" in text
-    assert text.index("the table") < text.index("the loops")
+    assert text.index("the table") < text.index("the loops") < text.index("the gradients")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu-check.log", "gpu-check.md"]
     assert check.main(["--setting", "short"]) == 1
     assert "not passed: only" in capsys.readouterr().err
