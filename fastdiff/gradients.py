@@ -209,7 +209,7 @@ class Trace:
 
     def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The sample, and the tensors to keep."""
-        self.versions = tuple(tensor._version for tensor in self.named)
+        self.versions = tuple(map(_version, self.named))
         run = self.sampler._eager(self.start)
         self.times = [time.clone() for time in run.told[: len(self.plan.stages)]]
         self.fill(run)
@@ -254,15 +254,18 @@ class Trace:
                         kept.append(point.clone())
                 if changes:
                     arguments, keywords = _arguments(at_stage(self.cond, i))
-                version = given._version
+                # networks that differentiate by their own input track it themselves
+                given = given.detach()
+                version = _version(given)
                 with self._as_drawn(i, first), torch.set_grad_enabled(unseen):
                     out = self.network(given, self.times[i], *arguments, **keywords)
-                if given._version != version:
+                if _version(given) != version:
                     raise self.sampler._bad_output(
                         i, out, given, "the network wrote to its input in place. Clone it first."
                     )
                 if unseen and isinstance(out, torch.Tensor):
-                    _check_named(out, self.named)
+                    _check_named(out, (given, *self.named))
+                if isinstance(out, torch.Tensor):
                     out = out.detach()
                 unseen = False
             try:
@@ -381,7 +384,9 @@ class _Sweep:
         held = tensors_in(trace.cond)
         registers = len(trace.named) - trace.extras
         self._registers = range(registers, len(trace.named))
-        self._network_inputs = [i for i in range(registers) if trace.named[i].requires_grad]
+        # a tensor that stands twice gets its whole gradient once
+        firsts = {id(trace.named[i]): i for i in reversed(range(registers))}
+        self._network_inputs = sorted(i for i in firsts.values() if trace.named[i].requires_grad)
         # each tensor that the conditioning holds is a leaf of its own in a backward stage
         self._own: dict[int, torch.Tensor] = {}
         parameters = {id(t) for t in trace.named[: registers - len(held)]}
@@ -440,7 +445,7 @@ class _Sweep:
         inputs = ([leaf] if needs_x else []) + named
         if not inputs or not out.requires_grad:
             return torch.zeros_like(given) if needs_x else None
-        with torch.no_grad():
+        with torch.no_grad(), _without_hooks(named):
             found = torch.autograd.grad(out, inputs, vector.to(out.dtype), allow_unused=True)
         for k, gradient in zip(self._network_inputs, found[int(needs_x) :], strict=True):
             if id(trace.named[k]) in slices and gradient is not None:
@@ -583,6 +588,21 @@ class _Sweep:
         registers.m.view(-1, *point.shape).copy_(h_bar * stage.q)
 
 
+@contextlib.contextmanager
+def _without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Hooks see the gradient of the run once, and not the part of each stage."""
+    hooks = [tensor._backward_hooks for tensor in tensors]
+    for tensor, own in zip(tensors, hooks, strict=True):
+        if own:
+            tensor._backward_hooks = None
+    try:
+        yield
+    finally:
+        for tensor, own in zip(tensors, hooks, strict=True):
+            if own:
+                tensor._backward_hooks = own
+
+
 class _Undone:
     """States of a run that is undone stage by stage, by rows of the same instruction."""
 
@@ -656,6 +676,10 @@ class _Function(torch.autograd.Function):
         return None, *ctx.trace.backward(cotangent, ctx.saved_tensors)
 
 
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _check_once() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -666,7 +690,7 @@ def _check_once() -> None:
 
 def _check_versions(named: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
     for tensor, version in zip(named, versions, strict=True):
-        if tensor._version != version:
+        if _version(tensor) != version:
             raise RuntimeError(
                 "sample: a tensor that the gradient needs was changed in place between the run "
                 f"and backward(): one of shape {tuple(tensor.shape)} is at version "
@@ -725,7 +749,7 @@ class _CapturedFunction(torch.autograd.Function):
         captured.stamp += 1
         ctx.stamp, ctx.captured, ctx.captures, ctx.entry = captured.stamp, captured, captures, entry
         ctx.named = tensors
-        ctx.versions = [tensor._version for tensor in tensors]
+        ctx.versions = list(map(_version, tensors))
         captures.launch(entry, "forward")
         return captured.run.registers.x.to(tensors[0].dtype, copy=True)
 
@@ -1267,11 +1291,12 @@ def _staged(cond: Any) -> list[PerStage]:
 def _check_named(out: torch.Tensor, named: Sequence[torch.Tensor]) -> None:
     """Raises where an output requires grad through a tensor that is not named."""
     leaves = {id(tensor) for tensor in named}
-    inner = {tensor.grad_fn for tensor in named if tensor.grad_fn is not None}
-    waiting, met = [out.grad_fn], set()
+    inner = {(tensor.grad_fn, tensor.output_nr) for tensor in named if tensor.grad_fn is not None}
+    waiting, met = [(out.grad_fn, out.output_nr)], set()
     while waiting:
-        node = waiting.pop()
-        if node is None or node in met or node in inner:
+        edge = waiting.pop()
+        node = edge[0]
+        if node is None or edge in inner or node in met:
             continue
         met.add(node)
         tensor = getattr(node, "variable", None)
@@ -1282,7 +1307,7 @@ def _check_named(out: torch.Tensor, named: Sequence[torch.Tensor]) -> None:
                 "in params= (params=net.parameters()), pass an nn.Module as the network, or detach "
                 "it (net.requires_grad_(False))."
             )
-        waiting += [following for following, _ in node.next_functions]
+        waiting += node.next_functions
 
 
 def _arguments(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -44,6 +44,10 @@ class CFG:
                     "CFG: scale is a number, a real tensor [B] or a sequence of one a stage; got a "
                     f"{scale.dtype} tensor of shape {tuple(scale.shape)}."
                 )
+            if scale.requires_grad:
+                raise ValueError(
+                    "CFG: scale has no gradient; got a tensor that requires grad. Detach it."
+                )
             if scale.ndim == 0:
                 object.__setattr__(self, "scale", float(scale))
             else:

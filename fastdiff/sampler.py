@@ -249,7 +249,7 @@ class Sampler:
         if torch.compiler.is_compiling():
             given = (x, cond, seed, xi, extras, callback, progress or self._check, out)
             return _traced(self._network, self._plan, self._guidance, self._dtype, *given)
-        self._check_arguments(x, cond, out)
+        self._check_arguments(x, cond, extras, out)
         if self._guidance is not None:
             self._guidance.check_samples(x.shape[0])
         if len(extras) != self._plan.extras:
@@ -400,8 +400,12 @@ class Sampler:
                 "sample: the backward pass draws noise again from seed=; got xi=. Give seed=, or "
                 'gradient="backprop".'
             )
+        extras = tuple(
+            r if isinstance(r, torch.Tensor) else torch.as_tensor(r, device=x.device)
+            for r in extras
+        )
         start = x.detach()
-        seeds = None if seed is None else noise.seeds_tensor(seed, x.shape[0])
+        seeds = None if seed is None else noise.seeds_tensor(seed, x.shape[0]).clone()
 
         def fill(run: _Run) -> None:
             self._fill(run, start, seeds, None, extras)
@@ -413,7 +417,9 @@ class Sampler:
 
     # -- before the loop -------------------------------------------------------------------------
 
-    def _check_arguments(self, x: torch.Tensor, cond: Any, out: torch.Tensor | None) -> None:
+    def _check_arguments(
+        self, x: torch.Tensor, cond: Any, extras: Sequence[Any], out: torch.Tensor | None
+    ) -> None:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"sample: x is a tensor; got {type(x).__name__}.")
         if x.dtype not in _STATE_DTYPES:
@@ -440,6 +446,9 @@ class Sampler:
         if self._gradient is None and torch.is_grad_enabled():
             tracked = ["x"] if x.requires_grad else []
             tracked += _requiring_grad(cond)
+            if self._guidance is not None:
+                tracked += _requiring_grad(self._guidance.uncond, "uncond")
+            tracked += _requiring_grad(list(extras), "extras")
             if tracked:
                 raise ValueError(
                     f"sample: gradient=None does not track, and {', '.join(tracked)} requires grad."
@@ -993,6 +1002,8 @@ def _requiring_grad(cond: Any, where: str = "cond") -> list[str]:
         return [w for k, v in cond.items() for w in _requiring_grad(v, f"{where}[{k!r}]")]
     if isinstance(cond, PerStage):
         return _requiring_grad(cond.values, where)
+    if isinstance(cond, list | tuple):
+        return [w for i, v in enumerate(cond) for w in _requiring_grad(v, f"{where}[{i}]")]
     return [where] if isinstance(cond, torch.Tensor) and cond.requires_grad else []
 
 

@@ -394,6 +394,95 @@ def test_each_stage_of_a_changing_conditioning_has_its_gradient(net, solver, sca
     assert apart(results[2:], results[:1]) < 1e-10
 
 
+SHARED = {
+    "twice": lambda y: ({"y": y, "z": y}, lambda c: c["y"] + 2 * c["z"]),
+    "nested": lambda y: ({"y": y, "d": {"z": y}}, lambda c: c["y"] + 2 * c["d"]["z"]),
+    "tuple": lambda y: ({"p": (y, y)}, lambda c: c["p"][0] + 2 * c["p"][1]),
+    "a stage": lambda y: (
+        {"y": fd.PerStage(y), "z": fd.PerStage(y)},
+        lambda c: c["y"] + 2 * c["z"],
+    ),
+}
+
+
+@pytest.mark.parametrize("shared", SHARED)
+@pytest.mark.parametrize("gradient", [fd.Discrete(), fd.Discrete(checkpoint=2)])
+def test_a_tensor_that_stands_twice_has_its_gradient_once(gradient, shared):
+    plan = plan_of()
+    x = torch.randn(3, 5, dtype=F64)
+    shape = (6, 3) if shared == "a stage" else (3,)
+    values, results = torch.randn(shape, dtype=F64), []
+    for kind in ("backprop", gradient):
+        y = values.clone().requires_grad_()
+        cond, shift = SHARED[shared](y)
+
+        def network(x, t, shift=shift, **cond):
+            return torch.tanh(x + shift(cond)[:, None])
+
+        out = fd.sample(network, x, plan, cond=cond, gradient=kind)
+        results.append(torch.autograd.grad(out.square().sum(), y))
+    assert apart(results[1], results[0]) < 1e-12
+
+
+def test_a_parameter_may_be_conditioning_too(net):
+    plan, x, results = plan_of(), torch.randn(3, 5, dtype=F64), []
+    for gradient in ("backprop", "discrete"):
+        p = torch.linspace(0.5, 1.5, 3, dtype=F64).requires_grad_()
+
+        def network(x, t, y, p=p):
+            return torch.tanh(x * p[:, None] + y[:, None])
+
+        out = fd.sample(network, x, plan, cond={"y": p}, params=[p], gradient=gradient)
+        results.append(torch.autograd.grad(out.sum(), p))
+    assert apart(results[1], results[0]) < 1e-12
+
+
+def test_hooks_see_the_gradient_of_the_run_once(net):
+    plan, x, fired, results = plan_of(), torch.randn(3, 5, dtype=F64), [], []
+    for gradient in ("backprop", "discrete"):
+        net.zero_grad()
+        handle = net.linear.weight.register_hook(lambda g: (fired.append(1), g.clamp(-0.1, 0.1))[1])
+        fd.sample(net, x, plan, gradient=gradient).sum().backward()
+        handle.remove()
+        results.append([net.linear.weight.grad.clone()])
+    assert len(fired) == 2
+    assert apart(results[1], results[0]) < 1e-10
+
+
+def test_networks_that_differentiate_an_energy():
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.linspace(-1, 1, 25, dtype=F64).reshape(5, 5))
+
+        def forward(self, x, t):
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.requires_grad_()
+                energy = torch.tanh(x @ self.weight).square().sum()
+                return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    plan, net, results = plan_of(), Energy(), []
+    values = torch.randn(3, 5, dtype=F64)
+    for gradient in ("backprop", "discrete", fd.Discrete(checkpoint=2)):
+        x = values.clone().requires_grad_()
+        out = fd.sample(net, x, plan, gradient=gradient)
+        results.append(torch.autograd.grad(out.square().sum(), (x, net.weight)))
+    assert apart(results[1], results[0]) < 1e-10
+    assert apart(results[2], results[0]) < 1e-10
+
+
+def test_seeds_changed_after_the_run_do_not_matter(net):
+    plan = plan_of("ddpm")
+    seeds, grads = torch.arange(3), []
+    for changed in (0, 100):
+        x = torch.ones(3, 5, dtype=F64, requires_grad=True)
+        own = seeds.clone()
+        out = fd.sample(net, x, plan, seed=own, gradient=fd.Discrete(checkpoint=2))
+        own += changed
+        grads.append(torch.autograd.grad(out.square().sum(), x))
+    assert apart(grads[1], grads[0]) == 0.0
+
+
 def test_a_sampler_may_run_again_before_backward(net):
     plan, other = plan_of("ddpm"), plan_of("ddim", 6)
     for gradient in (fd.Discrete(), fd.Discrete(checkpoint=2)):
@@ -585,6 +674,11 @@ def test_tensors_that_nobody_named_are_refused(net):
     shift = 2 * outside
     with pytest.raises(ValueError, match=r"nobody named, of shape \(5,\)"):
         fd.sample(lambda x, t: x * shift, x, plan, gradient="discrete")
+    a, b = (2 * outside).split([2, 3])  # b hides behind a, of the same operation
+    with pytest.raises(ValueError, match=r"nobody named, of shape \(5,\)"):
+        fd.sample(
+            lambda x, t: x * torch.cat([a, b]), x, plan, gradient="discrete", params=[a]
+        )  # fmt: skip
     out = fd.sample(lambda x, t: x * shift, x, plan, gradient="discrete", params=[shift])
     assert torch.autograd.grad(out.sum(), outside)[0].isfinite().all()
 
