@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test stands on: Triton's interpreter without a GPU, fixed seeds, one thread."""
 
+import importlib.util
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,3 +36,19 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """A capturer for CPU tensors that does again what it records; see recording.py."""
+    from fastdiff import graphs
+
+    path = Path(__file__).with_name("recording.py")
+    spec = importlib.util.spec_from_file_location("recording", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.Recorder()
+    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
+    return made

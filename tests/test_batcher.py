@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples at different stages of different plans in one batch, each as if it were alone."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 import fastdiff as fd
-from fastdiff import graphs
 
 VP = fd.schedules.VPLinear()
 BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
@@ -25,17 +21,6 @@ def plan_of(solver, steps):
 
 
 PLANS = [plan_of("ddim", 3), plan_of("deis-3", 7), plan_of("dpm-2", 2), plan_of("ddpm", 5)]
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    path = Path(__file__).with_name("recording.py")
-    spec = importlib.util.spec_from_file_location("recording", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.Recorder()
-    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
-    return made
 
 
 def serve(batcher, requests):

@@ -2,10 +2,8 @@
 """Gradients of samples: exact where they say so, of the order they claim, and in flat memory."""
 
 import gc
-import importlib.util
 import itertools
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastdiff as fd
-from fastdiff import backends, graphs
+from fastdiff import backends
 
 VP = fd.schedules.VPLinear()
 F64 = torch.float64
@@ -956,17 +954,6 @@ def test_a_schedule_may_be_given_for_a_loaded_plan():
 
 
 # -- captured --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    path = Path(__file__).with_name("recording.py")
-    spec = importlib.util.spec_from_file_location("recording", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.Recorder()
-    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
-    return made
 
 
 needs_core = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")

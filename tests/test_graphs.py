@@ -7,11 +7,9 @@ of CUDA graphs, and what only a device can show.
 
 import copy
 import gc
-import importlib.util
 import pickle
 import threading
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,24 +24,6 @@ VP = fd.schedules.VPLinear()
 MODES = pytest.mark.parametrize("mode", ["loop", "stage"])
 BACKENDS = [n for n, state in fd.backends.status().items() if state == "available"]
 needs_core = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
-
-
-def _recorder_class():
-    path = Path(__file__).with_name("recording.py")
-    spec = importlib.util.spec_from_file_location("recording", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Recorder
-
-
-Recorder = _recorder_class()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    made = Recorder()
-    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
-    return made
 
 
 def network(x, t, y=None):
