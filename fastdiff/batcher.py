@@ -18,13 +18,12 @@ import torch
 
 from . import backends, noise
 from .backends.base import Registers
-from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, flatten, rebuild
-from .guidance import CFG, batched, check_batch, varies
+from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, flatten, ordered, rebuild
+from .guidance import CFG, arguments_of, batched, check_batch, varies
 from .plan import Plan
 from .sampler import (
     Network,
     Seeds,
-    arguments_of,
     bytes_of,
     check_prediction,
     graph_of,
@@ -275,14 +274,7 @@ class Batcher:
 
     def _order(self) -> None:
         """Makes what follows wait for the call before, if it was on another stream."""
-        device = self._registers.x.device
-        capturer = CAPTURERS.get(device.type)
-        if capturer is None:
-            return
-        stream = capturer.stream(device)
-        if self._stream is not None and stream != self._stream:
-            capturer.follow(device, self._stream)
-        self._stream = stream
+        self._stream = ordered(self._registers.x.device, self._stream)
 
     @staticmethod
     def _flat(cond: Any) -> Any:

@@ -23,7 +23,7 @@ from . import backends
 from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
 from .graphs import Captures, Entry, flatten, rebuild
-from .guidance import CFG, PerStage, at_stage, varies
+from .guidance import CFG, PerStage, arguments_of, at_stage, varies
 from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
 from .solvers.base import Rows
@@ -231,7 +231,7 @@ class Trace:
 
     def _loop(self, run: Any, steps: Iterable[int], kept: list[torch.Tensor], first: bool) -> None:
         """Runs stages and keeps what the gradient asks for. `first`: not a segment made anew."""
-        arguments, keywords = _arguments(self.cond)
+        arguments, keywords = arguments_of(self.cond)
         changes = varies(self.cond)
         gradient, registers = self.gradient, run.registers
         segment = gradient.checkpoint if isinstance(gradient, Discrete) else None
@@ -253,7 +253,7 @@ class Trace:
                     if stage.clip is not None or stage.threshold is not None:
                         kept.append(point.clone())
                 if changes:
-                    arguments, keywords = _arguments(at_stage(self.cond, i))
+                    arguments, keywords = arguments_of(at_stage(self.cond, i))
                 # networks that differentiate by their own input track it themselves
                 given = given.detach()
                 version = _version(given)
@@ -432,7 +432,7 @@ class _Sweep:
         cond = self.cond
         if self._staged:
             cond, slices = self._at(i)
-        arguments, keywords = _arguments(cond)
+        arguments, keywords = arguments_of(cond)
         leaf = given.detach().requires_grad_(needs_x)
         version = leaf._version
         with trace._as_drawn(i, first=False), trace.autocast(), torch.enable_grad():
@@ -1140,7 +1140,7 @@ class _Resolved:
     def _evaluate(self) -> None:
         """The output at a node where no vector-Jacobian product is taken: the data end."""
         trace, t = self._sweep.trace, self._own.times[self._n]
-        arguments, keywords = _arguments(trace.cond)
+        arguments, keywords = arguments_of(trace.cond)
         given = _given(self._sweep, self._schedule, t, self._x)
         told = _told(self._sweep, self._schedule, t)
         with torch.no_grad(), trace.autocast():
@@ -1308,13 +1308,6 @@ def _check_named(out: torch.Tensor, named: Sequence[torch.Tensor]) -> None:
                 "it (net.requires_grad_(False))."
             )
         waiting += node.next_functions
-
-
-def _arguments(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of the network after x and t."""
-    if cond is None:
-        return (), {}
-    return ((), cond) if isinstance(cond, Mapping) else ((cond,), {})
 
 
 def _at_e(plan: Plan, i: int) -> bool:

@@ -300,6 +300,18 @@ def _precisions() -> tuple[Hashable, ...]:
 CAPTURERS: dict[str, Capturer] = {"cuda": CudaCapturer()}
 
 
+def ordered(device: torch.device, earlier: Any) -> Any:
+    """Makes the current stream wait for an earlier one (None: there was none); gives the current,
+    None where a device has no streams."""
+    capturer = CAPTURERS.get(device.type)
+    if capturer is None:
+        return None
+    stream = capturer.stream(device)
+    if earlier is not None and stream != earlier:
+        capturer.follow(device, earlier)
+    return stream
+
+
 # -- conditioning ---------------------------------------------------------------------------------
 
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

@@ -130,6 +130,13 @@ class CFG:
         return 1.0 - scale, scale
 
 
+def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Positional and keyword arguments of the network after x and t."""
+    if cond is None:
+        return (), {}
+    return ((), cond) if isinstance(cond, Mapping) else ((cond,), {})
+
+
 @dataclass(frozen=True, eq=False)
 class PerStage:
     """Conditioning that changes along the run: an entry of `cond` with one value a stage.

@@ -28,8 +28,17 @@ from .gradients import (
     gradient_of,
     parameters_of,
 )
-from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, capturing, flatten, rebuild
-from .guidance import CFG, PerStage, at_stage, batched, check_batch, check_stages, varies
+from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, capturing, flatten, ordered, rebuild
+from .guidance import (
+    CFG,
+    PerStage,
+    arguments_of,
+    at_stage,
+    batched,
+    check_batch,
+    check_stages,
+    varies,
+)
 from .plan import AT_E, Layout, Plan
 from .schedules import prediction_name
 
@@ -247,7 +256,8 @@ class Sampler:
             RuntimeError: The network cannot be captured: which rule it broke.
         """
         if torch.compiler.is_compiling():
-            given = (x, cond, seed, xi, extras, callback, progress or self._check, out)
+            looked = progress or self._check
+            given = (x, cond, seed, xi, extras, callback, looked, out, self._gradient)
             return _traced(self._network, self._plan, self._guidance, self._dtype, *given)
         self._check_arguments(x, cond, extras, out)
         if self._guidance is not None:
@@ -592,13 +602,7 @@ class Sampler:
 
         Called before a run touches a buffer.
         """
-        capturer = CAPTURERS.get(device.type)
-        if capturer is None:
-            return
-        stream, earlier = capturer.stream(device), self._streams.get(device)
-        if earlier is not None and stream != earlier:
-            capturer.follow(device, earlier)
-        self._streams[device] = stream
+        self._streams[device] = ordered(device, self._streams.get(device))
 
     def _mode(self, device: torch.device, watched: bool) -> str | None:
         """ "loop", "stage" or None for this call."""
@@ -829,7 +833,7 @@ def sample(
         >>> images = fd.sample(network, x, plan)
     """
     if torch.compiler.is_compiling():
-        given = (x, cond, seed, xi, extras, callback, progress or check, out)
+        given = (x, cond, seed, xi, extras, callback, progress or check, out, gradient)
         return _traced(network, plan, guidance, dtype, *given)
     sampler = Sampler(
         network,
@@ -877,6 +881,7 @@ def _traced(
     callback: Callback | None,
     watched: bool,
     out: torch.Tensor | None,
+    gradient: Any,
 ) -> torch.Tensor:
     """A run inside a compiled function; what it refuses it refuses while it is compiled."""
     from . import traced  # brings in PyTorch's compiler, which is here already then
@@ -891,13 +896,19 @@ def _traced(
             "sample: the plan draws noise. Give seed= (an integer, or one a sample), or the noise "
             "itself as xi=."
         )
-    if torch.is_grad_enabled() and x.requires_grad:
+    tracked = gradient is not None and torch.is_grad_enabled()
+    if tracked and not (isinstance(gradient, str) and gradient == "backprop"):
+        raise NotImplementedError(
+            "sample: inside torch.compile a run is differentiated by the compiler; got another "
+            'gradient than "backprop". Use that, or sample outside the compiled function.'
+        )
+    if torch.is_grad_enabled() and x.requires_grad and not tracked:
         raise ValueError(
             "sample: gradient=None does not track, and x requires grad. Detach it or sample under "
             "torch.no_grad()."
         )
     dtype = dtype or network_dtype(network) or x.dtype
-    with torch.no_grad():
+    with torch.set_grad_enabled(tracked):
         result = traced.sample(network, x, plan, cond, guidance, seed, xi, extras, dtype)
     return result if out is None else out.copy_(result)
 
@@ -910,13 +921,6 @@ def graph_of(graph: Any) -> Graph | None:
     raise TypeError(
         f"sample: graph is 'auto', 'loop', 'stage', None or a fastdiff.Graph; got {graph!r}."
     )
-
-
-def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Positional and keyword arguments of the network after x and t."""
-    if cond is None:
-        return (), {}
-    return ((), cond) if isinstance(cond, Mapping) else ((cond,), {})
 
 
 def write_table(

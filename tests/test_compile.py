@@ -146,6 +146,21 @@ def test_what_surrounds_a_run_keeps_its_gradient(net):
     assert net.linear.weight.grad is None
 
 
+def test_a_compiled_run_is_differentiated_by_the_compiler_or_refused(net):
+    plan = plan_of()
+    x = torch.randn(3, 8, requires_grad=True)
+    function = compiled(lambda x: fd.sample(net, x, plan, gradient="backprop").square().sum())
+    wanted = (x, net.linear.weight)
+    got = torch.autograd.grad(function(x), wanted)
+    outside = fd.sample(net, x, plan, gradient="discrete").square().sum()
+    for a, b in zip(got, torch.autograd.grad(outside, wanted), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    sampler = fd.Sampler(net, plan, gradient="discrete")
+    for refused in (lambda x: fd.sample(net, x, plan, gradient="discrete"), lambda x: sampler(x)):
+        with pytest.raises(Exception, match='another gradient than "backprop"'):
+            compiled(refused)(x.detach())
+
+
 def test_noise_is_an_operator_with_a_fake_implementation():
     importlib.import_module("fastdiff.traced")
     arguments = (torch.arange(3), 1, (3, 5), torch.float32)
