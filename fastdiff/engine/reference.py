@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from . import noise
-from .backends.torch import threshold
-from .guidance import CFG, at_stage, batched
-from .plans import Plan, Stage
+from .. import noise
+from ..backends.torch import threshold
+from ..conditioning import at_stage
+from ..guidance import Guidance, combine
+from ..plans import Plan, Stage
+from .call import Call
 
 Constants = tuple[int, tuple[tuple[Any, ...], ...]]
 Normal = Callable[[torch.Tensor, int, Sequence[int], torch.dtype], torch.Tensor]
@@ -49,30 +51,28 @@ def _combine(weights: Sequence[float], terms: Sequence[Any]) -> Any:
 
 def sample(
     network: Callable[..., torch.Tensor],
-    x: torch.Tensor,
     plan: Constants,
-    cond: Any,
-    guidance: CFG | None,
-    seed: Any,
-    xi: Any,
-    extras: Sequence[torch.Tensor],
+    guidance: Guidance,
+    call: Call,
     dtype: torch.dtype,
     normal: Normal,
 ) -> torch.Tensor:
-    """As `Sampler.__call__`, in tensor operations alone; arguments as there and checked there.
+    """A run in tensor operations alone; arguments are checked by the caller.
 
     Args:
+        network: `network(x, t, **cond)`.
         plan: `constants` of it.
+        guidance: How the outputs of the branches become one.
+        call: What the caller gave; its conditioning is that of the samples.
         dtype: Of the network's input.
         normal: As the function of that name.
 
     Returns:
         The sample, x's shape and dtype.
     """
-    copies, batch = 1 if guidance is None else guidance.branches, x.shape[0]
+    x, copies, batch = call.x, guidance.branches, call.x.shape[0]
     told = torch.float64 if dtype == torch.float64 else torch.float32
-    if guidance is not None and copies > 1:
-        cond = batched(cond, guidance.uncond, batch)
+    cond, seed, xi, extras = guidance.conditions(call.cond, batch), call.seed, call.xi, call.extras
     state = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     registers = [torch.as_tensor(r).to(state).expand(x.shape) for r in extras]
     seeds: Any = None
@@ -104,9 +104,8 @@ def sample(
                     f"{tuple(given.shape)}; got {tuple(out.shape)}."
                 )
             out = out.to(state.dtype)
-            if guidance is not None and copies > 1:
-                w_uncond, w_cond = guidance.weights(i, state)
-                out = w_uncond * out[:batch] + w_cond * out[batch:]
+            if copies > 1:
+                out = combine(guidance.combined_weights(i, state), out.chunk(copies))
             h = _combine((q, p), (out, point))
             if clip is not None:
                 h = h.clamp(clip[0], clip[1])
