@@ -146,7 +146,7 @@ def requiring_grad(cond: Any, root: str = "cond") -> list[str]:
 
 def _hidden(value: Any) -> list[Any]:
     """What a plain object holds in its attributes; modules are networks and hold their own."""
-    if isinstance(value, _CONSTANTS) or isinstance(value, type | torch.nn.Module):
+    if isinstance(value, (*_CONSTANTS, type, torch.nn.Module)):
         return []
     own = getattr(value, "__dict__", None)
     return list(own.values()) if isinstance(own, dict) else []
@@ -232,14 +232,14 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
             tensors.append((tensor, rows))
             shape = tuple(tensor.shape[1:] if rows else tensor.shape)
             described.append((path, staged, rows, shape, tensor.dtype, tensor.device))
-        elif isinstance(value, _CONSTANTS) or (isinstance(value, Mapping | list | tuple)):
+        elif isinstance(value, (*_CONSTANTS, Mapping, list, tuple)):
             constant = value if isinstance(value, _CONSTANTS) else None  # else: an empty container
             described.append((path, type(value), constant))
         else:
             raise TypeError(
                 "sample: a captured graph sees tensors, numbers and strings in dicts, lists, tuples"
-                f" and dataclasses; got {type(value).__name__} as {where_of(path)}, whose changes it "
-                "would miss. Pass its tensors in a dict, or use graph=None."
+                f" and dataclasses; got {type(value).__name__} as {where_of(path)}, whose changes "
+                "it would miss. Pass its tensors in a dict, or use graph=None."
             )
     return tuple(described), tensors
 

@@ -41,7 +41,8 @@ def _seeded() -> None:
 @pytest.fixture
 def recorder(monkeypatch):
     """A capturer for CPU tensors that does again what it records; see recording.py."""
-    from fastdiff import graphs
+    from fastdiff import capture
+    from fastdiff.engine import streams
 
     path = Path(__file__).with_name("recording.py")
     spec = importlib.util.spec_from_file_location("recording", path)
@@ -50,5 +51,6 @@ def recorder(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made = module.Recorder()
-    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
+    monkeypatch.setitem(capture.CAPTURERS, "cpu", made)
+    monkeypatch.setitem(streams.STREAMS, "cpu", made)
     return made
