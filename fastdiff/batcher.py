@@ -338,14 +338,10 @@ def check_request(network: Any, plans: tuple[Any, ...], guidance: Any, dtype: to
 
 def places_spec(specs: Sequence[Spec], rows: Sequence[PackedRow]) -> Spec:
     """A spec that holds every plan of these specs, with all their rows in one table."""
-    layouts = [spec.layout for spec in specs]
-    most = {
-        name: max(getattr(layout, name) for layout in layouts)
-        for name in ("terms", "branches", "extras", "products", "measures")
-    }
+    layout = functools.reduce(Layout.joined, (spec.layout for spec in specs))
     return replace(
         specs[0],
-        layout=Layout(**most),
+        layout=layout,
         rows=len(rows),
         stages=len(rows),
         slots=max(spec.slots for spec in specs),

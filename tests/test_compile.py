@@ -162,7 +162,7 @@ def test_a_compiled_run_is_differentiated_by_the_compiler_or_refused(net):
 
 
 def test_noise_is_an_operator_with_a_fake_implementation():
-    importlib.import_module("fastdiff.traced")
+    importlib.import_module("fastdiff.engine.traced")
     arguments = (torch.arange(3), 1, (3, 5), torch.float32)
     torch.library.opcheck(torch.ops.fastdiff.normal.default, arguments)
     expected = fd.noise.normal((3, 5), torch.arange(3), 1)

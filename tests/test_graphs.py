@@ -263,10 +263,10 @@ def test_neither_a_plan_nor_its_table_is_changed_by_a_run(recorder):
     text, table = plan.to_json(), plan.table.copy()
     sampler = fd.Sampler(network, plan, graph="stage")
     sampler(x, seed=0)
-    (entry,) = next(iter(sampler._captures.values()))._entries.values()
-    own = entry.run.table.clone()
+    (entry,) = entries_of(sampler)
+    own = entry.run.run.table.clone()
     sampler(x, seed=1)
-    assert torch.equal(entry.run.table, own)
+    assert torch.equal(entry.run.run.table, own)
     assert plan.to_json() == text
     assert (plan.table == table).all()
 
@@ -744,7 +744,7 @@ def test_what_a_graph_reads_outlives_the_call_that_made_it(case, recorder, monke
         return lambda: None  # like a graph's own replay it holds nothing
 
     recorder.record = record
-    monkeypatch.setattr(graphs, "difference", lambda *_: None)
+    monkeypatch.setattr("fastdiff.capture.refusals.difference", lambda *_: None)
     plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net()
     guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
     cond = {"y": torch.randn(3)} if guidance else None
@@ -808,7 +808,7 @@ def test_cancellation_between_replays_leaves_a_usable_sampler(recorder):
     plan, x = plan_of(), torch.randn(3, 5)
     sampler = fd.Sampler(network, plan, graph="stage")
     expected = sampler(x)
-    (captures,) = sampler._captures.values()
+    (captures,) = sampler._captured._captures.values()
     launch, count = captures.launch, []
 
     def interrupted(*arguments):

@@ -18,6 +18,7 @@ from ..engine.call import Call
 from ..engine.job import Job
 from ..engine.loops import BAD_OUTPUT, bad_output, run_stages
 from ..engine.run import Run, Spec, spec_of
+from ..plans import Layout
 from .cache import Captures, Entry
 from .cuda import CAPTURERS, capturing
 from .options import Graph, Stats
@@ -129,13 +130,13 @@ class LoopCaptures:
         shape = torch.Size((size, *call.x.shape[1:]))
         spec = replace(spec_of(job.plan, job.guidance, shape, kind), offset=call.offset)
         captures = self.on(call.x.device)
-        structure: Any = job.plan.structure
+        kinds: Any = job.plan.structure
+        kept = spec
         if by_stage:
             spec = _with_room(spec)
             kinds = frozenset(stage.evaluate for stage in job.plan.stages)
-            structure = kinds
-        own = (described, job.fresh_inputs)
-        key = (spec, structure, *own, captures.environment())
+            kept = replace(spec, layout=Layout(branches=spec.branches), rows=0, stages=0, slots=0)
+        key = (kept, kinds, described, job.fresh_inputs, captures.environment())
         if automatic and not self._again(key):
             return None
         with captures.lock:
@@ -157,6 +158,10 @@ class LoopCaptures:
         self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
     ) -> torch.Tensor | None:
         entry = captures.get(key)
+        if entry is not None and not _holds(entry.run.run.spec, work.spec):
+            work = replace(work, spec=_both(entry.run.run.spec, work.spec))
+            captures.drop(key)
+            entry = None
         if entry is None:
             entry = self._captured(captures, key, work)
             if entry is None:
@@ -288,6 +293,22 @@ def _with_room(spec: Spec) -> Spec:
         rows=(stages + 1) * spec.stride,
         clocked=True,
     )
+
+
+_SIZES = ("rows", "stages", "slots")
+
+
+def _holds(held: Spec, needed: Spec) -> bool:
+    """Whether the registers of stages captured one by one have room for another plan."""
+    return held.layout.holds(needed.layout) and all(
+        getattr(held, name) >= getattr(needed, name) for name in _SIZES
+    )
+
+
+def _both(a: Spec, b: Spec) -> Spec:
+    """A spec with room for the plans of two that differ in room alone."""
+    most: dict[str, Any] = {name: max(getattr(a, name), getattr(b, name)) for name in _SIZES}
+    return replace(a, layout=a.layout.joined(b.layout), **most)
 
 
 def _room(leaf: torch.Tensor, rows: bool, batch: int, size: int, branches: int) -> torch.Tensor:

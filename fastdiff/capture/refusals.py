@@ -85,7 +85,7 @@ def refusal(error: RuntimeError) -> RuntimeError:
         first = first.__context__
     if not isinstance(first, RuntimeError):
         return error
-    if isinstance(first, NotImplementedError | _OWN):
+    if isinstance(first, (NotImplementedError, *_OWN)):
         return first
     text = str(first).lower()
     for words, rule, hint in _RULES:
