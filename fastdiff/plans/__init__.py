@@ -14,7 +14,9 @@ from .layout import (
     decode,
     encode,
 )
-from .plan import LEAST_FLOOR, Plan, Stage, plan_of
+from .plan import Plan, plan_of
+from .stage import LEAST_FLOOR, Stage
+from .terms import Measure, Product, Reduction
 from .transpose import Transposed, alternates, transpose
 
 __all__ = [
@@ -27,8 +29,11 @@ __all__ = [
     "WRITES_M",
     "WRITES_X",
     "Layout",
+    "Measure",
     "PackedRow",
     "Plan",
+    "Product",
+    "Reduction",
     "Stage",
     "Transposed",
     "alternates",

@@ -38,6 +38,7 @@ from numpy.typing import NDArray
 
 from .._text import unknown
 from ..schedules import PREDICTIONS
+from .checks import floats, is_number
 from .layout import (
     AT_E,
     CLIP,
@@ -47,167 +48,21 @@ from .layout import (
     WRITES_M,
     WRITES_X,
     Layout,
+    PackedMeasure,
+    PackedProduct,
+    PackedReduction,
     PackedRow,
     encode,
+    layout_of,
 )
+from .stage import Stage
+from .terms import Measure, Product, Reduction
 
 if TYPE_CHECKING:
     from .transpose import Transposed
 
 FORMAT = "fastdiff-plan"
 FORMAT_VERSION = 1
-
-LEAST_FLOOR = 2.0**-126  # the least normal float32: a floor is not 0 in any state
-MAX_STREAM = 1 << 24  # streams survive a table packed as float32
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
-
-
-def _floats(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple | np.ndarray) or not all(map(_is_number, values)):
-        raise TypeError(f"Stage: {name} is a sequence of floats; got {values!r}.")
-    return tuple(float(v) for v in values)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of a plan: an evaluation and the linear update after it (see the module's formulas).
-
-    Args:
-        t: Time of the evaluation, in the schedule's units.
-        model_time: Time the network is told, in the network's units.
-        c_in: The network is given `c_in * point`.
-        p, q: From the network's output to the solver's variable: h = p * point + q * out.
-        x0_p, x0_q: The same to the x0 prediction, for callbacks: x0 = x0_p * point + x0_q * out.
-            NaN where no x0 exists (alpha = 0).
-        a_x, a_e, b, c, r: The row of x'. `b[0]` weighs h, `b[j]` the h of j evaluations before.
-        d_x, d_e, g, c_e, s: The row of e'. All zeros: no e' is written.
-        noise: Up to two draws (stream, weight), stream >= 1; xi is their weighted sum.
-        clip: (lo, hi) applied to h; for plans whose variable is x0.
-        threshold: (quantile, floor), 0 < quantile <= 1, floor > 0; likewise, and instead of `clip`.
-            Each sample's h is clipped to [-s, s] and divided by s, with s the quantile of the
-            sample's |h|, interpolated linearly at position quantile (n - 1) among its n ordered
-            values (as torch.quantile does, in float64), or the floor where that is greater.
-        evaluate: False for a stage without a network call: h does not exist and NFE is not counted.
-
-    Raises:
-        ValueError: A coefficient is not finite, or the row contradicts itself.
-        TypeError: A field has the wrong kind.
-    """
-
-    t: float
-    model_time: float = 0.0
-    c_in: float = 1.0
-    p: float = 0.0
-    q: float = 1.0
-    x0_p: float = math.nan
-    x0_q: float = math.nan
-    a_x: float = 1.0
-    a_e: float = 0.0
-    b: tuple[float, ...] = ()
-    c: float = 0.0
-    r: tuple[float, ...] = ()
-    d_x: float = 0.0
-    d_e: float = 0.0
-    g: tuple[float, ...] = ()
-    c_e: float = 0.0
-    s: tuple[float, ...] = ()
-    noise: tuple[tuple[int, float], ...] = ()
-    clip: tuple[float, float] | None = None
-    threshold: tuple[float, float] | None = None
-    evaluate: bool = True
-
-    def __post_init__(self) -> None:
-        put = functools.partial(object.__setattr__, self)
-        for name in _SCALARS:
-            value = getattr(self, name)
-            if not _is_number(value):
-                raise TypeError(f"Stage: {name} is a float; got {value!r}.")
-            put(name, math.nan if math.isnan(value) else float(value))  # one NaN: rows compare
-            if not math.isfinite(value) and name not in ("x0_p", "x0_q"):
-                raise ValueError(
-                    f"Stage: every coefficient is finite; got {name} = {value} at t = {self.t}."
-                )
-        for name in ("b", "r", "g", "s"):
-            values = _floats(name, getattr(self, name))
-            while values and values[-1] == 0.0:
-                values = values[:-1]
-            put(name, values)
-            if not all(map(math.isfinite, values)):
-                raise ValueError(
-                    f"Stage: every coefficient is finite; got {name} = {values} at t = {self.t}."
-                )
-        put("noise", self._checked_noise())
-        if self.clip is not None:
-            clip = _floats("clip", self.clip)
-            if len(clip) != 2 or not -math.inf < clip[0] < clip[1] < math.inf:
-                raise ValueError(
-                    f"Stage: clip is (lo, hi), finite, with lo < hi; got {self.clip!r}."
-                )
-            put("clip", clip)
-        if self.threshold is not None:
-            put("threshold", self._checked_threshold())
-        if not isinstance(self.evaluate, bool):
-            raise TypeError(f"Stage: evaluate is True or False; got {self.evaluate!r}.")
-        if not self.evaluate and (self.b[:1] not in ((), (0.0,)) or self.g[:1] not in ((), (0.0,))):
-            raise ValueError(
-                f"Stage: without an evaluation there is no h; got b[0] or g[0] != 0 at "
-                f"t = {self.t}. Set evaluate=True or weigh only earlier outputs (b[1], b[2], ...)."
-            )
-        if (self.c or self.c_e) and not self.noise:
-            raise ValueError(
-                f"Stage: c = {self.c}, c_e = {self.c_e} weigh a noise that is not drawn at "
-                f"t = {self.t}. Give noise=((stream, 1.0),) with stream >= 1."
-            )
-
-    def _checked_threshold(self) -> tuple[float, float]:
-        pair = _floats("threshold", self.threshold)
-        if len(pair) != 2 or not (0.0 < pair[0] <= 1.0 and LEAST_FLOOR <= pair[1] < math.inf):
-            raise ValueError(
-                "Stage: threshold is (quantile, floor), with 0 < quantile <= 1 and a finite floor "
-                f"of at least {LEAST_FLOOR:.3g}; got {self.threshold!r}."
-            )
-        if self.clip is not None:
-            raise ValueError(
-                f"Stage: h is clipped or thresholded, not both; got clip = {self.clip!r} and "
-                f"threshold = {self.threshold!r}. Leave one out."
-            )
-        return pair[0], pair[1]
-
-    def _checked_noise(self) -> tuple[tuple[int, float], ...]:
-        draws = []
-        for draw in self.noise:
-            if (
-                not isinstance(draw, list | tuple)
-                or len(draw) != 2
-                or not all(map(_is_number, draw))
-            ):
-                raise TypeError(f"Stage: a draw is (stream, weight); got {draw!r}.")
-            stream, weight = draw
-            if isinstance(stream, bool) or int(stream) != stream or not 1 <= stream < MAX_STREAM:
-                raise ValueError(
-                    f"Stage: noise streams are integers from 1 to {MAX_STREAM - 1} (stream 0 is "
-                    f"the starting noise); got {stream!r}."
-                )
-            if not math.isfinite(weight):
-                raise ValueError(f"Stage: noise weights are finite; got {weight!r}.")
-            draws.append((int(stream), float(weight)))
-        if len(draws) > 2:
-            raise ValueError(f"Stage: at most two draws a stage; got {len(draws)}.")
-        return tuple(draws)
-
-    @property
-    def writes_e(self) -> bool:
-        """Whether the next evaluation is at e'."""
-        return any((self.d_x, self.d_e, self.c_e, *self.g, *self.s))
-
-    @property
-    def writes_x(self) -> bool:
-        """Whether x changes."""
-        return self.a_x != 1.0 or any((self.a_e, self.c, *self.b, *self.r))
-
 
 # Plans of this process by their handles, for those that can hold on to a string alone.
 _living: weakref.WeakValueDictionary[str, Plan] = weakref.WeakValueDictionary()
@@ -219,7 +74,6 @@ def plan_of(handle: str) -> Plan:
     return _living[handle]
 
 
-_SCALARS = tuple(f.name for f in dataclasses.fields(Stage) if f.type == "float")
 _PLAN_FIELDS = ("stages", "times", "solver", "prediction", "variable", "schedule", "prior_scale")
 
 
@@ -258,7 +112,7 @@ class Plan:
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
         put("stages", tuple(self.stages))
-        put("times", _floats("times", self.times))
+        put("times", floats("Plan", "times", self.times))
         for stage in self.stages:
             if not isinstance(stage, Stage):
                 raise TypeError(
@@ -272,7 +126,7 @@ class Plan:
         for name in ("prediction", "variable"):
             if getattr(self, name) not in PREDICTIONS:
                 raise unknown(f"Plan: {name}", "name", getattr(self, name), PREDICTIONS)
-        if not _is_number(self.prior_scale) or not 0 < self.prior_scale < math.inf:
+        if not is_number(self.prior_scale) or not 0 < self.prior_scale < math.inf:
             raise ValueError(f"Plan: prior_scale is positive and finite; got {self.prior_scale!r}.")
         put("prior_scale", float(self.prior_scale))
         self._check_times()
@@ -302,36 +156,48 @@ class Plan:
 
     def _check_registers(self) -> None:
         evaluations, has_e, at_e = 0, False, False
+        columns: set[int] = set()
         for i, stage in enumerate(self.stages):
-            reach = max(len(stage.b), len(stage.g)) - 1
-            if not stage.evaluate:
-                reach -= 1
+            reach = max(stage.history, default=0)
             if reach > evaluations:
                 raise ValueError(
                     f"Plan: a row reads only outputs that exist; stage {i} reads one from {reach} "
                     f"evaluations before, and {evaluations} came before it."
                 )
-            if (stage.a_e or stage.d_e) and not has_e:
+            if stage.reads_e is not None and not has_e:
                 raise ValueError(
-                    f"Plan: stage {i} reads e (a_e = {stage.a_e}, d_e = {stage.d_e}), "
-                    "but no stage before wrote one."
+                    f"Plan: stage {i} reads e ({stage.reads_e}), but no stage before wrote one."
                 )
-            if stage.clip is not None and self.variable != "x0":
-                raise ValueError(
-                    f"Plan: clipping applies to x0 predictions; stage {i} clips {self.variable!r}. "
-                    "Use a solver in x0 form (dpmpp-..., or ddim)."
-                )
-            if stage.threshold is not None and self.variable != "x0":
-                raise ValueError(
-                    f"Plan: thresholds apply to x0 predictions; stage {i} thresholds "
-                    f"{self.variable!r}. Use a solver in x0 form (dpmpp-..., or ddim)."
-                )
+            columns |= {measure.into for measure in stage.measures}
+            for name, column in stage.scalars:
+                if column not in columns:
+                    raise ValueError(
+                        f"Plan: a row reads only columns of S that a measure wrote; stage {i} "
+                        f"scales {name} by column {column}. Add a Measure(into={column}, ...) to "
+                        "it or to a stage before."
+                    )
+            self._check_limit(i, stage)
             evaluations += stage.evaluate
             has_e, at_e = has_e or stage.writes_e, stage.writes_e
         if at_e:
             raise ValueError(
                 "Plan: the last stage must leave the result in x; its e row (d_x, d_e, g, c_e, s) "
                 "is not zero."
+            )
+
+    def _check_limit(self, i: int, stage: Stage) -> None:
+        """Raises where a limit applies to something that is no x0."""
+        if self.variable == "x0" or (stage.u, stage.v) != (0.0, 1.0):
+            return  # h is made of the limited y, which is an x0, and is itself what it may be
+        if stage.clip is not None:
+            raise ValueError(
+                f"Plan: clipping applies to x0 predictions; stage {i} clips {self.variable!r}. "
+                "Use a solver in x0 form (dpmpp-..., or ddim)."
+            )
+        if stage.threshold is not None:
+            raise ValueError(
+                f"Plan: thresholds apply to x0 predictions; stage {i} thresholds "
+                f"{self.variable!r}. Use a solver in x0 form (dpmpp-..., or ddim)."
             )
 
     # -- what it costs ---------------------------------------------------------------------------
@@ -349,7 +215,7 @@ class Plan:
     @functools.cached_property
     def stochastic(self) -> bool:
         """Whether any stage draws noise."""
-        return any(stage.noise and (stage.c or stage.c_e) for stage in self.stages)
+        return any(stage.reads_noise for stage in self.stages)
 
     @functools.cached_property
     def uses_e(self) -> bool:
@@ -358,8 +224,18 @@ class Plan:
 
     @functools.cached_property
     def extras(self) -> int:
-        """Read-only input registers that the rows weigh."""
-        return max(max(len(s.r), len(s.s)) for s in self.stages)
+        """Entries of the bank: read-only tensors that the rows name."""
+        return max(stage.entries for stage in self.stages)
+
+    @functools.cached_property
+    def scalars(self) -> int:
+        """Columns C of S, the numbers of each sample that measures write."""
+        return max((m.into + 1 for stage in self.stages for m in stage.measures), default=0)
+
+    @functools.cached_property
+    def branches(self) -> int:
+        """The least number of guidance branches that the rows name, at least 1."""
+        return max(stage.branches for stage in self.stages)
 
     @property
     def slots(self) -> int:
@@ -381,6 +257,11 @@ class Plan:
             int(self.table[:, layout.column("draws")].max()),
             bool((flags & CLIP).any()),
             bool((flags & THRESHOLD).any()),
+            (layout.products, layout.measures, self.scalars, self.branches),
+            any((s.u, s.v, s.b_raw, s.g_raw, s.d_new) != (0, 1, 0, 0, 0) for s in self.stages),
+            tuple(tuple(map(_kinds, stage.measures)) for stage in self.stages)
+            if layout.measures
+            else (),
         )
 
     @functools.cached_property
@@ -396,11 +277,9 @@ class Plan:
         for i, stage in enumerate(self.stages):
             done = len(index_of_evaluation)
             row = []
-            for j in range(1, max(len(stage.b), len(stage.g))):
-                if (j < len(stage.b) and stage.b[j]) or (j < len(stage.g) and stage.g[j]):
-                    source = done - j
-                    row.append((j, source))
-                    last_read[source] = i
+            for j in stage.history:
+                row.append((j, done - j))
+                last_read[done - j] = i
             reads.append(row)
             if stage.evaluate:
                 index_of_evaluation.append(i)
@@ -424,14 +303,10 @@ class Plan:
 
     # -- the packed table ------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """Columns of `table`."""
-        read = (
-            sum(1 for r, s in itertools.zip_longest(stage.r, stage.s, fillvalue=0.0) if r or s)
-            for stage in self.stages
-        )
-        return Layout(max(map(len, self._allocation[2])), 1, max(read))
+        return layout_of(self.rows())
 
     @functools.cached_property
     def table(self) -> NDArray[np.float64]:
@@ -440,20 +315,30 @@ class Plan:
         table.setflags(write=False)
         return table
 
-    def pack(self, weights: Sequence[float] = (1.0,)) -> NDArray[np.float64]:
+    def pack(self, weights: Sequence[float] | None = None) -> NDArray[np.float64]:
         """The packed table with the outputs of G guidance branches weighed by `weights`.
 
         Args:
-            weights: w_g of each branch, length G.
+            weights: w_g of each branch, length G; None: one for each of `branches`.
 
         Returns:
-            float64 [len(stages), width] in the columns of `Layout(layout.terms, G, extras)`.
+            float64 [len(stages), width] in the columns of `layout` with G branches.
         """
-        layout = dataclasses.replace(self.layout, branches=len(weights))
-        return encode(self.rows(weights), layout)
+        rows = self.rows(weights)
+        return encode(rows, dataclasses.replace(self.layout, branches=len(rows[0].k)))
 
-    def rows(self, weights: Sequence[float] = (1.0,)) -> list[PackedRow]:
-        """The stages as packed rows, with the outputs of G branches weighed by `weights`."""
+    def rows(self, weights: Sequence[float] | None = None) -> list[PackedRow]:
+        """The stages as packed rows, with the outputs of G branches weighed by `weights`.
+
+        Raises:
+            ValueError: A stage names a branch that has no weight.
+        """
+        weights = (1.0,) * self.branches if weights is None else weights
+        if len(weights) < self.branches:
+            raise ValueError(
+                f"Plan: the rows name {self.branches} guidance branches; got weights of "
+                f"{len(weights)}. Run the plan under a guidance of as many branches."
+            )
         _, pushes, reads = self._allocation
         rows = []
         at_e = False
@@ -470,32 +355,9 @@ class Plan:
                 + WRITES_M * writes_m
             )
             at_e = stage.writes_e
-            row = PackedRow(
-                flags=flags,
-                push=pushes[i],
-                draws=stage.noise if stage.c or stage.c_e else (),
-                p=stage.p,
-                a_x=stage.a_x,
-                a_e=stage.a_e,
-                b_0=_at(stage.b, 0),
-                c=stage.c,
-                d_x=stage.d_x,
-                d_e=stage.d_e,
-                g_0=_at(stage.g, 0),
-                c_e=stage.c_e,
-                c_in_next=later.c_in if later is not None and writes_m else 0.0,
-                k=tuple(stage.q * w for w in weights),
-                terms=tuple((slot, _at(stage.b, j), _at(stage.g, j)) for j, slot in reads[i]),
-                extras=tuple(
-                    (k, _at(stage.r, k), _at(stage.s, k))
-                    for k in range(max(len(stage.r), len(stage.s)))
-                    if _at(stage.r, k) or _at(stage.s, k)
-                ),
-            )
-            if stage.clip is not None:
-                row.lo, row.hi = stage.clip
-            if stage.threshold is not None:
-                row.quantile, row.floor = stage.threshold
+            row = _packed(stage, dict(reads[i]), weights)
+            row.flags, row.push = flags, pushes[i]
+            row.c_in_next = later.c_in if later is not None and writes_m else 0.0
             rows.append(row)
         return rows
 
@@ -519,6 +381,8 @@ class Plan:
             row = {}
             for name, default in defaults.items():
                 value = getattr(stage, name)
+                if name in ("products", "measures"):
+                    value = [dataclasses.asdict(each) for each in value] or default
                 if value != default and not (isinstance(value, float) and math.isnan(value)):
                     row[name] = value
             rows.append(row)
@@ -576,7 +440,7 @@ class Plan:
             if "t" not in row:
                 raise refuse(f"stage {i} has no t.")
             try:
-                stages.append(Stage(**row))
+                stages.append(Stage(**_with_terms(row)))
             except (TypeError, ValueError, OverflowError) as error:
                 raise refuse(f"stage {i}: {error}") from None
         try:
@@ -649,6 +513,101 @@ class Plan:
             head = f"{n_text:>{n_wide}}  {t_text:>{t_wide}}  {h:<{h_wide}}  "
             lines += [head + rows[0], *(" " * len(head) + row for row in rows[1:])]
         return "\n".join(lines)
+
+
+def _with_terms(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a stage with their products and measures made of JSON objects."""
+    row = dict(row)
+    if "products" in row:
+        row["products"] = [Product(**product) for product in row["products"]]
+    if "measures" in row:
+        row["measures"] = [
+            Measure(
+                **{
+                    name: Reduction(**value) if name in ("num", "den") and value else value
+                    for name, value in measure.items()
+                }
+            )
+            for measure in row["measures"]
+        ]
+    return row
+
+
+def _packed(stage: Stage, slots: dict[int, int], weights: Sequence[float]) -> PackedRow:
+    """A stage's columns but those that its neighbours settle; `slots` holds each H_j."""
+
+    def place(kind: str, at: int) -> tuple[str, int]:
+        return ("slot", slots[at]) if kind == "history" else (kind, at)
+
+    def reduction(r: Reduction | None) -> PackedReduction | None:
+        if r is None:
+            return None
+        a, *b = (place(o[0], o[1] if len(o) == 2 else 0) for o in r.operands)
+        return PackedReduction(r.kind, a, b[0] if b else None, r.rank)
+
+    def measure(m: Measure) -> PackedMeasure:
+        num = reduction(m.num)
+        assert num is not None
+        return PackedMeasure(m.into, num, reduction(m.den), m.power, m.weight, m.offset)
+
+    def product(p: Product) -> PackedProduct:
+        of, at = place(p.of, p.at)
+        if (of, p.into) == ("new", "e") and not stage.writes_x:
+            of = "x"  # x' is x
+        return PackedProduct(p.into, p.weight, p.entry, of, at)
+
+    scalars = dict(stage.scalars)
+
+    def scalar(name: str, coefficient: float) -> int:
+        return scalars.get(name, -1) if coefficient else -1
+
+    b_0, g_0 = _at(stage.b, 0), _at(stage.g, 0)
+    k = tuple(stage.q * w for w in weights)
+    row = PackedRow(
+        draws=stage.noise if stage.reads_noise else (),
+        p=stage.p,
+        u=stage.u,
+        v=stage.v,
+        a_x=stage.a_x,
+        a_e=stage.a_e,
+        b_0=b_0,
+        b_raw=stage.b_raw,
+        c=stage.c,
+        d_x=stage.d_x if stage.writes_x else stage.d_x + stage.d_new,
+        d_e=stage.d_e,
+        d_new=stage.d_new if stage.writes_x else 0.0,
+        g_0=g_0,
+        g_raw=stage.g_raw,
+        c_e=stage.c_e,
+        scalar_b=scalar("b_0", b_0),
+        scalar_g=scalar("g_0", g_0),
+        scalar_c=scalar("c", stage.c),
+        scalar_ce=scalar("c_e", stage.c_e),
+        k=k,
+        scalar_k=tuple(scalar(f"w_{g}", weight) for g, weight in enumerate(k)),
+        terms=tuple(
+            (slot, _at(stage.b, j), _at(stage.g, j))
+            for j, slot in slots.items()
+            if _at(stage.b, j) or _at(stage.g, j)
+        ),
+        extras=tuple(
+            (i, _at(stage.r, i), _at(stage.s, i))
+            for i in range(max(len(stage.r), len(stage.s)))
+            if _at(stage.r, i) or _at(stage.s, i)
+        ),
+        products=tuple(map(product, stage.products)),
+        measures=tuple(map(measure, stage.measures)),
+    )
+    if stage.clip is not None:
+        row.lo, row.hi = stage.clip
+    if stage.threshold is not None:
+        row.quantile, row.floor, *ceiling = stage.threshold
+        row.ceiling = ceiling[0] if ceiling else math.inf
+    return row
+
+
+def _kinds(measure: Measure) -> tuple[str, str | None]:
+    return measure.num.kind, None if measure.den is None else measure.den.kind
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -187,6 +187,7 @@ def transpose(plan: Plan) -> Transposed:
         NotImplementedError: A row would read more than 64 earlier cotangents: e is carried on
             through too many stages (d_e != 0) without being made anew from x.
     """
+    _check(plan)
     if alternates(plan):
         return _alternating(plan)
     sums = _Sums(plan)
@@ -266,6 +267,17 @@ def transpose(plan: Plan) -> Transposed:
         )
         rows.append(row)
     return Transposed(plan, tuple(rows), layout_of(rows), slots, tuple(reversed(extras)))
+
+
+def _check(plan: Plan) -> None:
+    """Raises where a row has terms that have no transpose here."""
+    for i, s in enumerate(plan.stages):
+        terms = (s.u, s.v, s.b_raw, s.g_raw, s.d_new) != (0.0, 1.0, 0.0, 0.0, 0.0)
+        if terms or s.products or s.scalars:
+            raise NotImplementedError(
+                f"transpose: stage {i} of {plan.solver} has u, v, b_raw, g_raw, d_new, products or "
+                'scalars, which have no transposed row. Use gradient="backprop".'
+            )
 
 
 def _owed_to_extras(plan: Plan, sums: _Sums, s: int) -> list[tuple[int, Atom, float]]:
