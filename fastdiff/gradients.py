@@ -33,7 +33,6 @@ from .plans import (
     Layout,
     PackedRow,
     Plan,
-    Transposed,
     alternates,
     encode,
 )
@@ -319,9 +318,9 @@ class Trace:
             _continuous(sweep, self.gradient, kept)
         elif self.gradient.undo:
             undone = _Undone(sweep, kept[0], kept[1])
-            sweep.run(self.plan.transpose(), self.times, undone.at, undone.see)
+            sweep.run(self.plan, self.times, undone.at, undone.see)
         else:
-            sweep.run(self.plan.transpose(), self.times, self._recorded(kept))
+            sweep.run(self.plan, self.times, self._recorded(kept))
         x_bar = sweep.x_bar.to(cotangent.dtype, copy=True) if self.needs else None
         return x_bar, *sweep.gradients()
 
@@ -494,13 +493,13 @@ class _Sweep:
 
     def run(
         self,
-        transposed: Transposed,
+        plan: Plan,
         times: Sequence[torch.Tensor],
         given_at: Callable[[int], _Input],
         see: Callable[[int, torch.Tensor], None] = lambda i, out: None,
     ) -> None:
         """All backward stages of a plan; `see` is told of every network output."""
-        plan = transposed.plan
+        transposed = plan.transpose()
 
         def table(branches: int) -> tuple[torch.Tensor, Layout]:
             layout = replace(transposed.layout, branches=branches)
@@ -819,7 +818,7 @@ def differentiable(
             "tensors in params=, or use gradient=None."
         )
     given = (sampler, sampler._network, plan, guidance, gradient)
-    if isinstance(gradient, Discrete) and gradient.undo and not alternates(plan):
+    if isinstance(gradient, Discrete) and gradient.undo and not alternates(plan.stages):
         raise ValueError(
             "Discrete: undo=True needs a plan whose every stage moves one of x and e from the "
             f'other, such as "rex-1"; got {plan.solver}. Use that, or checkpoint=.'
@@ -1052,7 +1051,7 @@ def _continuous(sweep: _Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tenso
         return
     told = [_told(sweep, schedule, t) for t in own.times[:-1]]
     sweep.run(
-        own.transpose(),
+        own,
         told,
         lambda i: _Input(_given(sweep, schedule, own.times[i], states.at(own.times[i]))),
         states.see,

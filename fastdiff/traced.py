@@ -17,7 +17,7 @@ import torch
 
 from . import reference
 from .guidance import CFG
-from .plans import Plan, plan_of
+from .plans import Plan, living
 
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define("normal(Tensor seeds, int stream, SymInt[] shape, ScalarType dtype) -> Tensor")
@@ -36,13 +36,13 @@ _library.impl("normal", _normal_meta, "Meta")
 @torch.compiler.assume_constant_result
 def _constants(handle: str) -> reference.Constants:
     """A function is compiled anew for another handle, and guards nothing else of a plan."""
-    return reference.constants(plan_of(handle))
+    return reference.constants(living(handle))
 
 
 @torch.compiler.assume_constant_result
 def draws(handle: str) -> bool:
     """Whether a plan is stochastic."""
-    return plan_of(handle).stochastic
+    return bool(living(handle).stochastic)
 
 
 def sample(

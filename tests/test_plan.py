@@ -198,7 +198,10 @@ def test_rows_of_the_wrong_kind_are_refused():
     ("times", "says"),
     [
         ((1.0, 1.0, 0.1), "strictly decrease"),
-        ((0.1, 0.5, 1.0), "strictly decrease"),
+        ((0.1, 1.0, 0.5), "strictly decrease"),
+        ((1.0, 0.5, 1.0), r"draws noise; got times\[1\] = 0.5, times\[2\] = 1.0"),
+        ((0.1, 1.0, 1.0), "times are finite and strictly"),
+        ((math.inf, 1.0), "times are finite"),
         ((1.0, math.nan, 0.1), "strictly decrease"),
         ((1.0,), "at least two times"),
     ],
@@ -206,6 +209,26 @@ def test_rows_of_the_wrong_kind_are_refused():
 def test_times_that_do_not_decrease_are_refused(times, says):
     with pytest.raises(ValueError, match=says):
         Plan(stages=(Stage(t=1.0),), times=times)
+
+
+def test_a_plan_that_encodes_rises_throughout():
+    plan = Plan((Stage(t=0.1, b=(1.0,)), Stage(t=0.5, b=(1.0,))), (0.1, 0.5, 1.0))
+    assert (plan.ascends, plan.descends) == (True, False)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert (two().ascends, two().descends) == (False, True)
+
+
+def test_times_rise_where_a_stage_between_them_draws_noise():
+    down, renoise = Stage(t=1.0, b=(1.0,)), {"evaluate": False, "c": 1.0, "noise": ((1, 1.0),)}
+    up, last = Stage(t=0.2, **renoise), Stage(t=0.6, b=(1.0,))
+    plan = Plan((down, up, last), (1.0, 0.2, 0.6, 0.0))
+    assert (plan.ascends, plan.descends) == (False, False)
+    with pytest.raises(ValueError, match="rise where a stage between"):
+        Plan((down, last), (1.0, 0.2, 0.6, 0.0))
+    with pytest.raises(ValueError, match=r"got times\[3\] = 0.2"):  # one draw, two rises
+        Plan((down, up, last), (1.0, 0.2, 0.6, 0.2, 0.6, 0.0))
+    with pytest.raises(ValueError, match="got times"):  # drawn elsewhere
+        Plan((Stage(t=0.9, **renoise), down, last), (1.0, 0.2, 0.6, 0.0))
 
 
 def test_a_plan_ends_in_x():
@@ -236,7 +259,7 @@ def _json(**changes):
         (_json(stages=[{"a_x": 1.0}]), "stage 0 has no t"),
         (_json(stages=[{"t": 1.0, "a_x": "x"}]), "stage 0: .*a_x is a float"),
         (_json(stages=3), "list of objects"),
-        (_json(times=[0.1, 0.5, 1.0]), "strictly decrease"),
+        (_json(times=[0.1, 1.0, 0.5]), "strictly decrease"),
         (_json(solver=3), "solver is a string"),
         (_json(prediction="banana"), "unknown name 'banana'"),
         (_json(variable="eps_ilon"), "'epsilon'"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: what a stage can hold, the table it packs to, files, text, and the transposed table."""
 
+from .handles import living
 from .layout import (
     AT_E,
     CLIP,
@@ -14,7 +15,7 @@ from .layout import (
     decode,
     encode,
 )
-from .plan import Plan, plan_of
+from .plan import Plan
 from .stage import LEAST_FLOOR, Stage
 from .terms import Measure, Product, Reduction
 from .transpose import Transposed, alternates, transpose
@@ -39,6 +40,6 @@ __all__ = [
     "alternates",
     "decode",
     "encode",
-    "plan_of",
+    "living",
     "transpose",
 ]

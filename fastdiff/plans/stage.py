@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -260,6 +260,11 @@ class Stage:
 
 _NUMBERS = tuple(f.name for f in dataclasses.fields(Stage) if f.type == "float")
 SCALED = ("b_0", "g_0", "c", "c_e")  # coefficients that a column of S may multiply, beside w_g
+
+
+def evaluated_at_e(stages: Sequence[Stage]) -> tuple[bool, ...]:
+    """For each stage, whether its evaluation is at e."""
+    return (False, *(stage.writes_e for stage in stages[:-1]))
 
 
 def _is_out(operand: tuple[Any, ...]) -> bool:
