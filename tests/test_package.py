@@ -177,8 +177,8 @@ PUBLIC = {
     "fastdiff.grids": "build names",
     "fastdiff.models": "DigitsClassifier DigitsDiT EmpiricalDenoiser ExactModel GaussianMixture "
     "digits digits_classifier digits_data",
-    "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule VE VPCosine VPDiscrete "
-    "VPLinear prediction_name",
+    "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
+    "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
     "Info LogRhoDEIS Reversible RhoAB RhoRK Rows Solver TABLEAUS get info names plan",
 }
