@@ -949,13 +949,13 @@ def schedule_of(gradient: AdjointDEIS, plan: Plan) -> Schedule:
     """The schedule of a plan.
 
     Raises:
-        ValueError: It is not known: the plan was loaded or made by hand.
+        ValueError: It is not known: the plan was made by hand.
     """
-    schedule = gradient.schedule or plan.made_for
-    if not isinstance(schedule, Schedule):
+    schedule = gradient.schedule or plan.schedule
+    if schedule is None:
         raise ValueError(
-            "AdjointDEIS: the flow needs the plan's schedule, which a plan that was loaded or made "
-            f"by hand does not carry; got {schedule!r}. Give AdjointDEIS(schedule=...)."
+            "AdjointDEIS: the flow needs the plan's schedule, which a plan that was made by hand "
+            f"does not carry; got {schedule!r}. Give AdjointDEIS(schedule=...)."
         )
     return schedule
 

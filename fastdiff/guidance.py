@@ -85,7 +85,7 @@ class CFG:
             S rows, or S * batch (row s * batch + b for sample b) where the scale is per sample.
         """
         if self.branches == 1:
-            return plan.rows()
+            return plan.rows((1.0,))
         stages = len(plan.stages)
         repeats, scale = 1, np.full(stages, self.scale if isinstance(self.scale, float) else 0.0)
         if isinstance(self.scale, torch.Tensor):
@@ -98,7 +98,7 @@ class CFG:
                     f"{len(self.scale)}. One a sample is a tensor."
                 )
             scale = np.array(self.scale)
-        each = [row for row in plan.rows() for _ in range(repeats)]
+        each = [row for row in plan.rows((1.0, 1.0)) for _ in range(repeats)]
         return [
             replace(row, k=(row.k[0] * (1.0 - w), row.k[0] * w))
             for row, w in zip(each, scale.tolist(), strict=True)

@@ -50,6 +50,33 @@ def test_saved_plan_loads_bit_for_bit(plan, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_loaded_plan_has_its_schedule():
+    for schedule in (VP, fd.schedules.VPDiscrete.scaled_linear(), fd.schedules.FlowMatching()):
+        plan = fd.plan(schedule, "ddim", 3, prediction="v")
+        loaded = Plan.from_json(plan.to_json())
+        assert loaded.schedule == schedule
+        assert str(loaded) == str(plan)
+        assert str(schedule) in str(plan)
+    custom = fd.schedules.Custom(lambda t: 1.0 - t, lambda t: t, name="line")
+    loaded = Plan.from_json(fd.plan(custom, "ddim", 3, prediction="v").to_json())
+    assert loaded.schedule == custom
+    with pytest.raises(ValueError, match="line"):
+        loaded.schedule.alpha(0.5)
+    assert two().schedule is None
+    assert Plan.from_json(two().to_json()) == two()
+    with pytest.raises(TypeError, match="schedule is a fastdiff"):
+        dataclasses.replace(two(), schedule="VPLinear()")
+
+
+def test_two_schedules_make_two_plans():
+    linear, other = (
+        fd.plan(schedule, "ddim", 3, grid=(0.9, 0.6, 0.3, 0.1))
+        for schedule in (VP, fd.schedules.Custom(VP.alpha, VP.sigma, name="the same numbers"))
+    )
+    assert dataclasses.replace(other, schedule=VP, stages=linear.stages) == linear
+    assert linear != dataclasses.replace(linear, schedule=other.schedule)
+
+
 def test_plan_and_its_table_are_immutable():
     plan = ALL[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -241,7 +268,7 @@ def test_a_plan_ends_in_x():
 def _json(**changes):
     data = json.loads(two().to_json())
     data.update(changes)
-    return json.dumps({k: v for k, v in data.items() if v is not None})
+    return json.dumps({k: v for k, v in data.items() if v != "left out"})
 
 
 @pytest.mark.parametrize(
@@ -253,8 +280,11 @@ def _json(**changes):
         ('{"hello": 1}', "not a plan"),
         (_json(version=99), "newer fastdiff"),
         (_json(version="1"), "positive integer"),
+        (_json(version=1), "version 1, and this fastdiff reads version 2. Make the plan again"),
+        (_json(schedule="VPLinear"), "schedule is an object or null; got 'VPLinear'"),
+        (_json(schedule={"kind": "VPLiner"}), "schedule: .*'VPLinear'"),
         (_json(colour="red"), "unknown field 'colour'"),
-        (_json(times=None), "'times' is missing"),
+        (_json(times="left out"), "'times' is missing"),
         (_json(stages=[{"t": 1.0, "q_x": 1.0}]), "stage 0 has the unknown field 'q_x'"),
         (_json(stages=[{"a_x": 1.0}]), "stage 0 has no t"),
         (_json(stages=[{"t": 1.0, "a_x": "x"}]), "stage 0: .*a_x is a float"),

@@ -16,12 +16,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._files import replacing
+from ..schedules import Schedule, from_dict
 from .checks import index, shown
 from .stage import Stage
 from .terms import Measure, Product, Reduction
 
 FORMAT = "fastdiff-plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MOST_BYTES = 64 << 20  # of a file that `read` takes unless told otherwise
 
 # What stands as an object inside an object of each kind.
@@ -42,8 +43,14 @@ def refusal(source: str, why: str) -> ValueError:
 def dump(fields: Mapping[str, Any]) -> str:
     """JSON text of a plan's fields; floats are written so that they read back bit for bit."""
     head = {"format": FORMAT, "version": FORMAT_VERSION}
-    stages = [_record(stage) for stage in fields["stages"]]
-    return json.dumps({**head, **fields, "stages": stages}, indent=1, allow_nan=False) + "\n"
+    schedule = fields["schedule"]
+    record = {
+        **head,
+        **fields,
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "stages": [_record(stage) for stage in fields["stages"]],
+    }
+    return json.dumps(record, indent=1, allow_nan=False) + "\n"
 
 
 def _record(thing: Any) -> dict[str, Any]:
@@ -92,6 +99,12 @@ def parse(text: str, source: str, names: tuple[str, ...]) -> dict[str, Any]:
             f"written by a newer fastdiff (plan version {shown(version)}); this one reads up to "
             f"{FORMAT_VERSION}. Upgrade fastdiff-engine.",
         )
+    if version < FORMAT_VERSION:
+        raise refusal(
+            source,
+            f"written as plan version {version}, and this fastdiff reads version {FORMAT_VERSION}. "
+            "Make the plan again, with fastdiff.plan or fastdiff plan, and save it.",
+        )
     fields = {k: v for k, v in data.items() if k not in ("format", "version")}
     for missing in names:
         if missing not in fields:
@@ -101,7 +114,14 @@ def parse(text: str, source: str, names: tuple[str, ...]) -> dict[str, Any]:
             raise refusal(
                 source, f"unknown field {shown(extra)}; the fields are {', '.join(names)}."
             )
-    rows = fields["stages"]
+    return {
+        **fields,
+        "stages": _stages(fields["stages"], source),
+        "schedule": _schedule(fields["schedule"], source),
+    }
+
+
+def _stages(rows: Any, source: str) -> tuple[Stage, ...]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise refusal(source, "stages is a list of objects.")
     stages = []
@@ -110,7 +130,18 @@ def parse(text: str, source: str, names: tuple[str, ...]) -> dict[str, Any]:
             stages.append(_made(Stage, row, f"stage {i}"))
         except (TypeError, ValueError) as error:
             raise refusal(source, str(error)) from None
-    return {**fields, "stages": tuple(stages)}
+    return tuple(stages)
+
+
+def _schedule(record: Any, source: str) -> Schedule | None:
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise refusal(source, f"schedule is an object or null; got {shown(record)}.")
+    try:
+        return from_dict(record)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refusal(source, f"schedule: {error}") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _row(stage: Stage, slots: Mapping[int, int], weights: Sequence[float]) -> Pa
         scalar_c=scalar("c", stage.c),
         scalar_ce=scalar("c_e", stage.c_e),
         k=k,
-        scalar_k=tuple(scalar(f"w_{g}", weight) for g, weight in enumerate(k)),
+        scalar_k=tuple(scalar(f"w_{g}", stage.q) for g in range(len(k))),
         terms=tuple(
             (slot, at(stage.b, j), at(stage.g, j))
             for j, slot in slots.items()

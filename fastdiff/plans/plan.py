@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._text import unknown
-from ..schedules import PREDICTIONS
+from ..schedules import PREDICTIONS, Schedule
 from . import files, handles
 from .allocate import Allocation, allocate
 from .checks import MOST_SHOWN, floats, is_number, label, shown
@@ -45,7 +45,9 @@ class Plan:
         solver: Name for people; kernels never look at it.
         prediction: What the network returns ("epsilon", "x0", "v", "velocity", "score", "edm").
         variable: What h is; "x0" is required where a stage clips or thresholds.
-        schedule: Description of the schedule, for people.
+        schedule: The schedule that the rows were made for; None: of rows given by hand. A `Custom`
+            one is saved by its name and numbers, and a plan that is loaded has it without its
+            functions.
         prior_scale: Standard deviation of x at t_0 (`fastdiff.noise.prior` multiplies by it).
 
     Raises:
@@ -55,22 +57,26 @@ class Plan:
     """
 
     handle: ClassVar[str]  # this object's own in this process
-    made_for: ClassVar[Any] = None  # the Schedule, where `fastdiff.plan` made it; not saved
 
     stages: tuple[Stage, ...]
     times: tuple[float, ...]
     solver: str = "custom"
     prediction: str = "epsilon"
     variable: str = "epsilon"
-    schedule: str = ""
+    schedule: Schedule | None = None
     prior_scale: float = 1.0
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)
         put("stages", self._checked_stages())
         put("times", floats("Plan", "times", self.times))
-        for name in ("solver", "schedule"):
-            put(name, label("Plan", name, getattr(self, name)))
+        put("solver", label("Plan", "solver", self.solver))
+        if not isinstance(self.schedule, Schedule | None):
+            raise TypeError(
+                "Plan: schedule is a fastdiff.schedules.Schedule or None; got "
+                f"{shown(self.schedule)}."
+            )
+        label("Plan", "schedule", "" if self.schedule is None else str(self.schedule))
         for name in ("prediction", "variable"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -353,7 +359,8 @@ class Plan:
 
     def __str__(self) -> str:
         made_of = [self.solver, f"{self.steps} steps", f"{self.nfe} NFE"]
-        made_of += [f"h = {self.variable} from {self.prediction}", self.schedule]
+        made_of += [f"h = {self.variable} from {self.prediction}"]
+        made_of += [] if self.schedule is None else [str(self.schedule)]
         return show("  ".join(part for part in made_of if part), self.stages)
 
 
