@@ -289,7 +289,7 @@ def sample(
         )
     else:
         plan = _loaded("--plan", plan_file)
-        needed = (network.prediction, str(network.schedule))
+        needed = (network.prediction, network.schedule)
         if (plan.prediction, plan.schedule) != needed:
             raise ValueError(
                 f"--plan: the digits network needs prediction {needed[0]!r} on {needed[1]}; got "

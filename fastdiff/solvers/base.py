@@ -190,17 +190,15 @@ class Solver(abc.ABC):
         self._check_start(schedule, times, variable)
         rows = Rows(schedule, prediction, variable, self.clipping, self.thresholding)
         write(rows)
-        plan = Plan(
+        return Plan(
             stages=tuple(rows.stages),
             times=tuple(times.tolist()),
             solver=self.name,
             prediction=prediction,
             variable=variable,
-            schedule=str(schedule),
+            schedule=schedule,
             prior_scale=schedule.prior_scale(float(times[0])),
         )
-        object.__setattr__(plan, "made_for", schedule)
-        return plan
 
     def _check_start(self, schedule: Schedule, times: Array, variable: str) -> None:
         if variable == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
