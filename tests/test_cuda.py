@@ -20,20 +20,28 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support.rows import (
+    DTYPES,
+    random_output,
+    random_registers,
+    random_row,
+    raw,
+    shifted,
+    table_of,
+    written,
+)
 
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plan import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, WHY_NOT = noise.cuda_core()
 CUDA = torch.device("cuda", 0)
 gpu = pytest.mark.gpu
 needs_module = pytest.mark.skipif(CORE is None, reason=str(WHY_NOT))
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 4, 16, 63, 65, 1023, 1024, 1025, 5000]
-SLOTS = 4
 
 
 # -- where the backend runs ------------------------------------------------------------------------
@@ -89,79 +97,6 @@ def usable() -> Iterator[None]:
 # -- rows and registers ----------------------------------------------------------------------------
 
 
-def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: int) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = row["push_x"] = -1
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["push"] = rng.integers(-1, SLOTS)
-        if rng.random() < 0.3:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def shifted(values: torch.Tensor, offset: int) -> torch.Tensor:
-    """The same values, contiguous, `offset` elements after an aligned address."""
-    store = torch.full((values.numel() + offset,), -7, dtype=values.dtype)
-    view = store[offset:].view(values.shape)
-    return view.copy_(values)
-
-
-def random_registers(
-    rng: np.random.Generator,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    layout: Layout,
-    with_e: bool = False,
-    m: torch.dtype | None = None,
-    offset: int = 0,
-) -> Registers:
-    """CPU registers; m and the slots are NaN, as `Registers` allows."""
-
-    def values(*sizes: int) -> torch.Tensor:
-        return shifted(torch.from_numpy(rng.normal(size=sizes)).to(state), offset)
-
-    copies = layout.branches * shape[0]
-    poison = None if m is None else torch.full((copies, *shape[1:]), torch.nan, dtype=m)
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if poison is None else shifted(poison, offset),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
 def moved(tensor: torch.Tensor | None, device: torch.device, offset: int) -> torch.Tensor | None:
     if tensor is None:
         return None
@@ -181,30 +116,10 @@ def on(device: torch.device, registers: Registers, offset: int = 0) -> Registers
     )
 
 
-def written(registers: Registers) -> list[torch.Tensor]:
-    return [t for t in (registers.x, registers.e, registers.history, registers.m) if t is not None]
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.cpu().contiguous()
-    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
 def assert_same(got: Registers, wanted: Registers, context: object = None) -> None:
     """Equal to the bit, NaN included."""
     for a, b in zip(written(got), written(wanted), strict=True):
         assert raw(a) == raw(b), context
-
-
-def outputs(
-    rng: np.random.Generator, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype
-) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
-def table_of(*rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows))
 
 
 CPU = torch.device("cpu")
@@ -238,7 +153,7 @@ def test_a_stage_gives_the_bits_of_the_cpu_backend(device, usable, state, out_dt
         row = random_row(rng, layout, with_e, draws)
         shape = (batch, size)
         registers = random_registers(rng, shape, state, layout, with_e, m_dtype)
-        out = outputs(rng, shape, layout, out_dtype)
+        out = random_output(rng, shape, layout, out_dtype)
         xi = registers.x.new_tensor(rng.normal(size=shape)) if case % 4 == 2 else None
         there = on(device, registers, offset)
         run = backends.get("cuda").bind(there, table_of(row), layout)
@@ -258,7 +173,7 @@ def test_each_sample_may_stand_at_its_own_row(device, size):
         row[0] = int(row[0]) | EVALUATE
     shape = (9, size)
     registers = random_registers(rng, shape, torch.float32, layout, True, torch.bfloat16)
-    out = outputs(rng, shape, layout, torch.bfloat16)
+    out = random_output(rng, shape, layout, torch.bfloat16)
     index = torch.tensor([2, 0, 0, 4, 1, 1, 1, 3, 0])
     there = on(device, registers)
     run = backends.get("cuda").bind(there, table_of(*rows), layout, index.to(device))
@@ -311,7 +226,7 @@ def test_many_small_and_few_large_samples(device, shape, draws):
     row = random_row(rng, layout, with_e=False, draws=draws)
     row[0] = int(row[0]) | EVALUATE | WRITES_X
     registers = random_registers(rng, shape, torch.float32, layout, False, torch.bfloat16)
-    out = outputs(rng, shape, layout, torch.bfloat16)
+    out = random_output(rng, shape, layout, torch.bfloat16)
     there = on(device, registers)
     backends.get("cuda").bind(there, table_of(row), layout)(0, out.to(device), None)
     backends.get("cpu").bind(registers, table_of(row), layout)(0, out, None)
@@ -412,7 +327,7 @@ def test_a_table_on_the_device_is_used_where_it_lies(device):
 def test_the_row_may_be_told_on_the_device(device):
     rng = np.random.default_rng(11)
     registers = random_registers(rng, (2, 40), torch.float32, NOISY.layout)
-    out = outputs(rng, (2, 40), NOISY.layout, torch.float32)
+    out = random_output(rng, (2, 40), NOISY.layout, torch.float32)
     there, table = on(device, registers), torch.tensor(NOISY.table)
     at = torch.zeros(1, dtype=torch.int64, device=device)
     run = backends.get("cuda").bind(there, table, NOISY.layout, None, at)
@@ -555,7 +470,7 @@ def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
         for row in rows:
             row[0] = int(row[0]) | EVALUATE
         registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
-        wide = outputs(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
+        wide = random_output(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
         index = torch.from_numpy(rng.permutation(5)[:batch]) if case % 3 else None
         there = on(device, registers, offset)
         given = wide.to(device)[:, offset : offset + size]
@@ -923,7 +838,7 @@ def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory
 def test_stages_run_on_the_current_stream():
     rng = np.random.default_rng(12)
     registers = random_registers(rng, (4, 1 << 16), torch.float32, NOISY.layout)
-    out = outputs(rng, (4, 1 << 16), NOISY.layout, torch.float32)
+    out = random_output(rng, (4, 1 << 16), NOISY.layout, torch.float32)
     table, given = torch.tensor(NOISY.table), out.to(CUDA)
     streams = [torch.cuda.Stream(CUDA) for _ in range(2)]
     results = []
@@ -953,7 +868,10 @@ def test_registers_on_another_device_than_the_current_one():
     rng = np.random.default_rng(13)
     other = torch.device("cuda", 1)
     registers = random_registers(rng, (2, 999), torch.float32, NOISY.layout)
-    out, table = outputs(rng, (2, 999), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
+    out, table = (
+        random_output(rng, (2, 999), NOISY.layout, torch.float32),
+        torch.tensor(NOISY.table),
+    )
     there = on(other, registers)
     with torch.cuda.device(0):
         backends.get("cuda").bind(there, table, NOISY.layout)(0, out.to(other), None)
@@ -971,7 +889,7 @@ def test_registers_on_another_device_than_the_current_one():
 def test_replay_reads_the_new_table(indexed):
     rng = np.random.default_rng(14)
     registers = random_registers(rng, (3, 50), torch.float32, NOISY.layout, m=torch.bfloat16)
-    out, table = outputs(rng, (3, 50), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
+    out, table = random_output(rng, (3, 50), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
     index = torch.tensor([1, 0, 1]) if indexed else None
     there, given = on(CUDA, registers), out.to(CUDA)
     at = torch.zeros(1, dtype=torch.int64, device=CUDA)
@@ -1015,7 +933,7 @@ def test_a_replay_thresholds_by_the_new_table(state, indexed):
     for row in rows:
         row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
     registers = random_registers(rng, (3, 20_003), state, layout, m=torch.bfloat16)
-    outs = [outputs(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
+    outs = [random_output(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
     index = torch.tensor([1, 0, 1]) if indexed else None
     at = torch.zeros(1, dtype=torch.int64, device=CUDA)
     there, start, given = on(CUDA, registers), on(CUDA, registers), outs[0].to(CUDA)

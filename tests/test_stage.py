@@ -10,29 +10,28 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.core import INSTRUCTION_SETS, native, needs_core
+from support.rows import (
+    DTYPES,
+    SLOTS,
+    copied,
+    random_output,
+    random_registers,
+    random_row,
+    raw,
+    table_of,
+    written,
+)
 
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cpu as cpu_module
 from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
-native = noise.native
-needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")
-INSTRUCTION_SETS = native.instruction_sets() if native is not None else []
 BACKENDS = [
     pytest.param(name, marks=needs_core if name == "cpu" else ()) for name in ("torch", "cpu")
 ]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 15, 16, 63, 65, 1023, 1024, 1025, 5000]
-SLOTS = 6
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
 
 
 @pytest.fixture
@@ -42,102 +41,12 @@ def threads():
     torch.set_num_threads(before)
 
 
-# -- rows and registers ------------------------------------------------------------------------
-
-
-def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: int) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = row["push_x"] = -1
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["push"] = rng.integers(-1, SLOTS)
-        if rng.random() < 0.3:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def random_registers(
-    rng: np.random.Generator,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    layout: Layout,
-    with_e: bool = False,
-    m: torch.dtype | None = None,
-) -> Registers:
-    def values(*sizes: int) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(size=sizes)).to(state)
-
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if m is None else torch.zeros(layout.branches * shape[0], *shape[1:], dtype=m),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
-def random_output(
-    rng: np.random.Generator, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype
-) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
-def copied(registers: Registers) -> Registers:
-    return dataclasses.replace(
-        registers,
-        x=registers.x.clone(),
-        e=None if registers.e is None else registers.e.clone(),
-        history=registers.history.clone(),
-        m=None if registers.m is None else registers.m.clone(),
-    )
-
-
-def written(registers: Registers) -> list[torch.Tensor]:
-    return [t for t in (registers.x, registers.e, registers.history, registers.m) if t is not None]
+# -- one stage ---------------------------------------------------------------------------------
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the bit, NaN included."""
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def table_of(*rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows))
 
 
 def run_once(
@@ -572,6 +481,7 @@ def test_rows_with_a_threshold_run_alike_on_cpu_and_torch(instruction_set, state
         poison_unread(registers, rows[-1], layout, torch.zeros(layout.branches * batch, size))
         for tensor in (registers.x, registers.e, registers.history, *registers.extras):
             tensor.nan_to_num_(0.5)
+        registers.m.zero_()
         wide = torch.from_numpy(rng.normal(size=(layout.branches * batch, size + 3))).to(out_dtype)
         out = wide[:, 1:-2] if case % 4 < 2 else wide[:, 1:-2].contiguous()
         index = torch.from_numpy(rng.permutation(batch + 1)[:batch]) if case % 3 else None
@@ -610,7 +520,7 @@ def test_a_thresholded_sample_depends_on_nothing_but_itself(instruction_set, thr
         for b in range(5):
             alone = Registers(
                 x=registers.x[b : b + 1].clone(),
-                m=torch.zeros(2, size, dtype=torch.bfloat16),
+                m=torch.full((2, size), torch.nan, dtype=torch.bfloat16),
                 seeds=registers.seeds[b : b + 1],
             )
             out = wide[b::5, 1:].contiguous()
