@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.rows import DTYPES, random_output, random_registers, random_row, raw
 
 import fastdiff as fd
 from fastdiff import backends, noise
@@ -45,9 +46,7 @@ FUSES = pytest.mark.skipif(
 exact = [CORE, FUSES]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = [F32, F64, BF16, F16]
 SIZES = [0, 1, 15, 16, 17, 1023, 1025, 5000]
-SLOTS = 5
 
 
 # -- the specialisations the library relies on -----------------------------------------------------
@@ -328,66 +327,6 @@ def test_normals_are_the_definitions_bit_for_bit(device, rows, cols, stream):
 # -- rows and registers ----------------------------------------------------------------------------
 
 
-def random_row(rng, layout: Layout, with_e: bool, draws: int, clip: bool) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row.update(push=-1, push_x=-1)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), push=rng.integers(-1, SLOTS))
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["g_0"] = coefficient() * with_e
-        if clip:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def random_registers(rng, shape, state, layout: Layout, with_e=False, m=None) -> Registers:
-    def values(*sizes: int) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(size=sizes)).to(state)
-
-    copies = (layout.branches * shape[0], *shape[1:])
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if m is None else torch.full(copies, torch.nan, dtype=m),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
-def random_output(rng, shape, layout: Layout, dtype) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
 def reads(row: np.ndarray, layout: Layout) -> dict:
     """Which registers a row reads: by name, history by slot, extras and branches by position."""
     v = dict(zip(layout.columns, row, strict=True))
@@ -444,10 +383,6 @@ def after(name, registers, rows, layout, out, xi=None, index=None, row=0, device
     run = backends.get(name).bind(copies, torch.from_numpy(np.stack(rows)), layout, index)
     run(row, None if out is None else out.to(device), None if xi is None else xi.to(device))
     return moved(copies, "cpu")
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def same(a: Registers, b: Registers) -> bool:
@@ -1125,8 +1060,8 @@ def test_a_wrong_table_is_refused_when_bound(table, error, message):
     [
         ({"flags": 64}, "known bits; row 1 has flags = 64"),
         ({"flags": np.nan}, "flags"),
-        ({"push": 5}, "history has 5 slots; row 1 has push = 5"),
-        ({"slot_0": -1}, "history has 5 slots; row 1 has slot_0 = -1"),
+        ({"push": 6}, "history has 6 slots; row 1 has push = 6"),
+        ({"slot_0": -1}, "history has 6 slots; row 1 has slot_0 = -1"),
         ({"slot_0": 0.5}, "slots"),
         ({"n_terms": 2}, "fit the layout"),
         ({"draws": 3}, "fit the layout"),
