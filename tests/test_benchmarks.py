@@ -499,17 +499,6 @@ def test_a_target_is_held_against_the_worst_cell():
 CPU = torch.device("cpu")
 
 
-def recorder(monkeypatch):
-    """Captures on a CPU by doing again what was recorded; see tests/recording.py."""
-    path = Path(__file__).with_name("recording.py")
-    spec = importlib.util.spec_from_file_location("recording", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.Recorder()
-    monkeypatch.setitem(fd.graphs.CAPTURERS, "cpu", made)
-    return made
-
-
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
 def test_bench_loop_runs(tmp_path):
     out, summary, page = (tmp_path / name for name in ("loop.jsonl", "loop.md", "page.md"))
@@ -579,8 +568,8 @@ def test_a_budget_leaves_out_cells_and_says_which(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
 @pytest.mark.parametrize("kind", ["null", "mlp", "conv"])
-def test_the_rivals_of_a_loop_end_where_it_ends(kind, monkeypatch):
-    bench, made = load("bench_loop"), recorder(monkeypatch)
+def test_the_rivals_of_a_loop_end_where_it_ends(kind, recorder):
+    bench, made = load("bench_loop"), recorder
     shape = {"null": (2, 3, 4, 4), "mlp": (2, 16), "conv": (2, 16, 3)}[kind]
     parts = bench.parts_of(bench.Case(kind, shape, 5, small=True), CPU)
     loops = {
@@ -1001,9 +990,8 @@ def test_a_fine_path_has_the_noise_of_the_coarse_one():
     assert 0.9 < float(torch.stack(xi).std()) < 1.1
 
 
-def test_captured_gradients_are_rivals_too(monkeypatch):
+def test_captured_gradients_are_rivals_too(recorder):
     bench = load("bench_gradients")
-    recorder(monkeypatch)
     case = bench.Case("mlp", 2, steps=4)
     flow = bench.flow_of(case, CPU)
     plan = bench.plan_of(flow, "dpmpp-2m", 4)

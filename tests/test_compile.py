@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from support.nets import Net
 from torch._dynamo.testing import CompileCounter
 
 import fastdiff as fd
@@ -14,20 +14,10 @@ import fastdiff as fd
 VP = fd.schedules.VPLinear()
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x, t, y=None):
-        shift = 0.0 if y is None else y[:, None]
-        return torch.tanh(self.linear(x) + shift) * (1 + 1e-3 * t[:, None].to(x.dtype))
-
-
 @pytest.fixture
 def net():
     torch._dynamo.reset()
-    return Net()
+    return Net(8)
 
 
 def plan_of(solver="deis-3", steps=4, **options):

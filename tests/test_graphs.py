@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captured loops: what is recorded, when it is used again, and what is refused.
 
-On a CPU a recorder stands in for the device (tests/recording.py); the tests marked gpu say the same
-of CUDA graphs, and what only a device can show.
+On a CPU a recorder stands in for the device (tests/support/recorder.py); the tests marked gpu say
+the same of CUDA graphs, and what only a device can show.
 """
 
 import copy
@@ -13,6 +13,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.nets import Net
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,17 +30,6 @@ needs_core = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core
 def network(x, t, y=None):
     shift = 0.0 if y is None else y.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     return torch.tanh(x + shift) * (1 + 1e-3 * t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-
-
-class Net(nn.Module):
-    def __init__(self, n=5):
-        super().__init__()
-        self.linear = nn.Linear(n, n)
-        self.drop = nn.Dropout(0.5)
-        self.eval()
-
-    def forward(self, x, t):
-        return torch.tanh(self.drop(self.linear(x)))
 
 
 def plan_of(solver="deis-3", steps=6, **options):
@@ -470,7 +460,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("change", [_in_place, _assign, _data, _submodule, _train])
 def test_weights_that_move_are_captured_again(change, wrap, recorder):
-    plan, x, net = plan_of(), torch.randn(3, 5), Net()
+    plan, x, net = plan_of(), torch.randn(3, 5), Net(dropout=0.5).eval()
     sampler = fd.Sampler(WRAPPERS[wrap](net), plan, graph="loop")
     sampler(x)
     change(net)
@@ -524,7 +514,7 @@ def test_release_is_for_changes_that_cannot_be_seen(recorder):
 
 @needs_core
 def test_the_callers_random_numbers_are_left_as_an_eager_run_leaves_them(recorder):
-    plan, x, net = plan_of(), torch.randn(3, 5), Net().train()
+    plan, x, net = plan_of(), torch.randn(3, 5), Net(dropout=0.5)
     torch.manual_seed(1)
     expected = fd.sample(net, x, plan)
     after = torch.get_rng_state()
@@ -553,7 +543,7 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
 
 @needs_core
 def test_two_threads_with_a_sampler_each_share_a_network(recorder):
-    net = Net()
+    net = Net(dropout=0.5).eval()
     plans = [plan_of("deis-3"), plan_of("dpmpp-2m")]
     x = torch.randn(4, 5)
     expected = [fd.sample(net, x, plan) for plan in plans]
@@ -745,7 +735,7 @@ def test_what_a_graph_reads_outlives_the_call_that_made_it(case, recorder, monke
 
     recorder.record = record
     monkeypatch.setattr("fastdiff.capture.refusals.difference", lambda *_: None)
-    plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net()
+    plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net(dropout=0.5).eval()
     guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
     cond = {"y": torch.randn(3)} if guidance else None
     gradient = {"gradient": "discrete", "adjoint": fd.AdjointDEIS(2)}.get(case)
@@ -829,7 +819,7 @@ def test_cancellation_between_replays_leaves_a_usable_sampler(recorder):
 
 @needs_core
 def test_a_copy_is_a_sampler_of_its_own(recorder):
-    net, plan, x = Net(), plan_of(), torch.randn(3, 5)
+    net, plan, x = Net(dropout=0.5).eval(), plan_of(), torch.randn(3, 5)
     sampler = fd.Sampler(net, plan, graph=fd.Graph("loop", loops=3))
     expected = sampler(x)
     copied = copy.deepcopy(sampler)
@@ -906,7 +896,7 @@ def test_gpu_a_replay_neither_allocates_nor_waits(mode):
 
 @pytest.mark.gpu
 def test_gpu_two_samplers_on_two_streams():
-    x, net = on_gpu((64, 5)), Net().cuda()
+    x, net = on_gpu((64, 5)), Net(dropout=0.5).eval().cuda()
     plans = [plan_of("deis-3"), plan_of("ddim")]
     expected = [fd.sample(net, x, plan, graph=None) for plan in plans]
     samplers = [fd.Sampler(net, plan, graph="loop") for plan in plans]
@@ -1006,7 +996,7 @@ def test_gpu_ten_thousand_replays_without_growth():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_autocast_is_part_of_the_key_and_leaves_no_trace(dtype):
-    x, net, plan = on_gpu((3, 5)), Net().cuda(), plan_of()
+    x, net, plan = on_gpu((3, 5)), Net(dropout=0.5).eval().cuda(), plan_of()
     sampler = fd.Sampler(net, plan, graph="loop")
     plain = sampler(x)
     with torch.autocast("cuda", dtype=dtype):
@@ -1060,7 +1050,7 @@ def test_gpu_the_newer_precision_settings_are_read():
 
 @pytest.mark.gpu
 def test_gpu_random_networks_draw_as_an_eager_run_does():
-    x, net, plan = on_gpu((64, 5)), Net().cuda().train(), plan_of()
+    x, net, plan = on_gpu((64, 5)), Net(dropout=0.5).cuda(), plan_of()
     torch.cuda.manual_seed(1)
     expected = fd.sample(net, x, plan, graph=None)
     after = torch.cuda.get_rng_state()
@@ -1073,7 +1063,7 @@ def test_gpu_random_networks_draw_as_an_eager_run_does():
 
 @pytest.mark.gpu
 def test_gpu_a_compiled_network_is_captured():
-    x, net, plan = on_gpu((3, 5)), Net().cuda(), plan_of()
+    x, net, plan = on_gpu((3, 5)), Net(dropout=0.5).eval().cuda(), plan_of()
     compiled = torch.compile(net)
     expected = fd.sample(net, x, plan, graph=None)
     sampler = fd.Sampler(compiled, plan, graph="loop")
