@@ -22,6 +22,7 @@ import pytest
 import torch
 from support.rows import (
     DTYPES,
+    neutral,
     random_output,
     random_registers,
     random_row,
@@ -34,7 +35,7 @@ from support.rows import (
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
-from fastdiff.plan import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, WHY_NOT = noise.cuda_core()
@@ -111,7 +112,7 @@ def on(device: torch.device, registers: Registers, offset: int = 0) -> Registers
         e=moved(registers.e, device, offset),
         history=moved(registers.history, device, offset),
         m=moved(registers.m, device, offset),
-        extras=tuple(moved(extra, device, offset) for extra in registers.extras),
+        bank=moved(registers.bank, device, offset),
         seeds=moved(registers.seeds, device, 0),
     )
 
@@ -279,12 +280,12 @@ def test_normals_are_those_of_every_backend(device, host_core, shape, dtype):
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_coefficient_of_zero_never_reads_its_register(device, indexed):
     layout = Layout(terms=2, branches=2, extras=1)
-    row = dict.fromkeys(layout.columns, 0.0)
+    row = neutral(layout)
     row.update(flags=EVALUATE | WRITES_X, push=1, b_0=1.0, k_1=2.0, n_terms=2, slot_0=0, slot_1=1)
     row = np.array([row[name] for name in layout.columns])
     poison = torch.full((2, 9), torch.nan, device=device)
     registers = Registers(
-        x=poison.clone(), e=poison.clone(), history=torch.stack([poison] * 2), extras=(poison,)
+        x=poison.clone(), e=poison.clone(), history=torch.stack([poison] * 2), bank=poison[None].clone()
     )
     out = torch.cat([poison, torch.ones(2, 9, device=device)])
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
@@ -356,7 +357,7 @@ def test_a_row_that_only_the_device_knows_is_refused_there(device, usable, bad):
     run.check()
 
 
-@pytest.mark.parametrize(("name", "value"), [("push", 9.0), ("flags", 64.0), ("stream_1", np.nan)])
+@pytest.mark.parametrize(("name", "value"), [("push", 9.0), ("flags", 128.0), ("stream_1", np.nan)])
 def test_a_row_made_illegal_on_the_device_writes_nothing(device, usable, name, value):
     registers = Registers(
         x=torch.ones(3, 8, device=device),
@@ -466,7 +467,8 @@ def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
         rows = [random_row(rng, layout, True, draws=k % 3) for k in range(5)]
         for row in rows[case % 2 :: 2]:
             row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
-            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.01, 0.5, 2.0])
+            limits = layout.column("quantile")
+            row[limits : limits + 2] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.01, 0.5, 2.0])
         for row in rows:
             row[0] = int(row[0]) | EVALUATE
         registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
@@ -517,7 +519,7 @@ def test_rows_threshold_where_one_did_when_the_table_was_checked(device, usable,
     run.refresh(table)
     run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
-    run.table[0, plan.layout.columns.index("clip_hi")] = 4.0  # the floor
+    run.table[0, plan.layout.columns.index("floor")] = 4.0  # the floor
     run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 0.5))
     run.table.copy_(none)
@@ -589,15 +591,13 @@ def test_samples_too_large_to_count_are_refused(host_core):
         ({"m": torch.ones(3, 4)}, ValueError, r"m is \[2, 4\]"),
         ({"m": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "m is in"),
         ({"seeds": torch.ones(3, dtype=torch.int64)}, ValueError, r"seeds is \[2\]"),
-        ({"extras": (torch.ones(2, 4),)}, ValueError, "names 0 extra registers; got 1"),
+        ({"bank": torch.ones(1, 2, 5)}, ValueError, r"bank is \[1, 2, 4\]"),
     ],
 )
 def test_wrong_registers_are_refused_when_bound(device, usable, change, error, message):
     change = {
         k: v if isinstance(v, tuple) or v.is_meta else v.to(device) for k, v in change.items()
     }
-    if "extras" in change:
-        change["extras"] = tuple(t.to(device) for t in change["extras"])
     registers = dataclasses.replace(Registers(x=torch.ones(2, 4, device=device)), **change)
     with pytest.raises(error, match=message):
         backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
@@ -660,7 +660,7 @@ def test_a_row_outside_the_table_is_refused(device, usable, row):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("flags", 64.0, "flags"),
+        ("flags", 128.0, "flags"),
         ("push", 9.0, "slots"),
         ("slot_0", 1e300, "slots"),
         ("n_terms", 2.0, "fit the layout"),
@@ -744,7 +744,7 @@ def test_without_the_module_status_says_how_to_build_it(monkeypatch):
     try:
         assert "FASTDIFF_CUDA=1 pip install" in backends.status()["cuda"]
         with pytest.raises(RuntimeError, match="FASTDIFF_CUDA=1 pip install"):
-            backends.get("cuda").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, 21), Layout(0))
+            backends.get("cuda").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout())
     finally:
         monkeypatch.undo()
         noise.cuda_core.cache_clear()

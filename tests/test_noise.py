@@ -9,7 +9,7 @@ import torch
 from support.core import native, needs_core
 
 from fastdiff import noise
-from fastdiff.plan import Plan, Stage
+from fastdiff.plans import Plan, Stage
 
 # Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, words.
 KNOWN = [

@@ -12,7 +12,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from .._text import unknown
-from ..plan import Plan
+from ..plans import Plan
 from ..schedules import Schedule
 from .base import Rows, Solver
 from .ddim import DDIM, DDPM

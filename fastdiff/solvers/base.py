@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import grids
-from ..plan import LEAST_FLOOR, Plan, Stage
+from ..plans import LEAST_FLOOR, Plan, Stage
 from ..schedules import Array, Schedule, prediction_name
 
 Weights = Mapping[int, float]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import grids
-from ..plan import Plan
+from ..plans import Plan
 from ..schedules import Array, Schedule
 from .base import Rows, X0Limits, choice
 from .exponential import adams, moments, transfer

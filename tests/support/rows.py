@@ -9,10 +9,17 @@ import numpy as np
 import torch
 
 from fastdiff.backends import Registers
-from fastdiff.plan import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_X, Layout
+from fastdiff.plans import AT_E, CLIP, EVALUATE, WRITES_E, WRITES_M, WRITES_X, Layout
+from fastdiff.plans.layout import PackedRow, encode
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SLOTS = 6
+
+
+def neutral(layout: Layout) -> dict[str, float]:
+    """The columns of a row that reads and writes nothing."""
+    (row,) = encode([PackedRow()], layout)
+    return dict(zip(layout.columns, row.tolist(), strict=True))
 
 
 def random_row(
@@ -38,9 +45,10 @@ def random_row(
     def coefficient() -> float:
         return 0.0 if rng.random() < 0.25 else rng.normal()
 
-    row = dict.fromkeys(layout.columns, 0.0)
+    row = neutral(layout)
     evaluates = rng.random() < 0.9
     flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
+    flags += WRITES_M * (rng.random() < 0.85)
     if with_e:
         flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
         row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
@@ -52,7 +60,7 @@ def random_row(
         row["push"] = rng.integers(-1, SLOTS)
         if rng.random() < 0.3 if clip is None else clip:
             flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
+            row.update(lo=-0.5, hi=0.8)
     if rng.random() < 0.3:
         row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
     row["draws"] = draws
@@ -66,8 +74,9 @@ def random_row(
         if k < row["n_terms"]:
             row[f"slot_{k}"] = (k + 2) % SLOTS
             row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
+    row["n_extras"] = layout.extras
     for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
+        row.update({f"entry_{i}": i, f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
     row["flags"] = flags
     return np.array([row[name] for name in layout.columns])
 
@@ -100,7 +109,7 @@ def random_registers(
         e=values(*shape) if with_e else None,
         history=values(SLOTS, *shape),
         m=None if poison is None else shifted(poison, offset),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
+        bank=values(layout.extras, *shape) if layout.extras else None,
         seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
     )
 
@@ -122,6 +131,12 @@ def copied(registers: Registers) -> Registers:
         history=registers.history.clone(),
         m=None if registers.m is None else registers.m.clone(),
     )
+
+
+def entries(registers: Registers) -> list[torch.Tensor]:
+    """The entries of the bank, each as large as x."""
+    bank = registers.bank
+    return [] if bank is None else [entry.expand_as(registers.x) for entry in bank]
 
 
 def written(registers: Registers) -> list[torch.Tensor]:
