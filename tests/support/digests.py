@@ -90,11 +90,13 @@ def digest(*values: Any) -> str:
 
 
 def outcome(work: Callable[[], tuple[Any, ...]]) -> str:
-    """The digest of what `work` returns, or the kind of error it was refused with."""
+    """The digest of what `work` returns, or the kind of error it was refused or failed with."""
     try:
         return digest(*work())
     except (ValueError, NotImplementedError, RuntimeError) as error:
         return f"refused: {type(error).__name__}"
+    except Exception as error:  # the other cases are still worth their comparison
+        return f"failed: {type(error).__name__}: {error}"
 
 
 def run(plan: Any, dtype: torch.dtype, gradient: Any = None, **options: Any) -> tuple[Any, ...]:
