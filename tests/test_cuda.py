@@ -285,7 +285,10 @@ def test_a_coefficient_of_zero_never_reads_its_register(device, indexed):
     row = np.array([row[name] for name in layout.columns])
     poison = torch.full((2, 9), torch.nan, device=device)
     registers = Registers(
-        x=poison.clone(), e=poison.clone(), history=torch.stack([poison] * 2), bank=poison[None].clone()
+        x=poison.clone(),
+        e=poison.clone(),
+        history=torch.stack([poison] * 2),
+        bank=poison[None].clone(),
     )
     out = torch.cat([poison, torch.ones(2, 9, device=device)])
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
@@ -468,7 +471,10 @@ def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
         for row in rows[case % 2 :: 2]:
             row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
             limits = layout.column("quantile")
-            row[limits : limits + 2] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.01, 0.5, 2.0])
+            row[limits : limits + 2] = (
+                rng.choice([0.3, 0.9, 0.995, 1.0]),
+                rng.choice([0.01, 0.5, 2.0]),
+            )
         for row in rows:
             row[0] = int(row[0]) | EVALUATE
         registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
@@ -744,7 +750,9 @@ def test_without_the_module_status_says_how_to_build_it(monkeypatch):
     try:
         assert "FASTDIFF_CUDA=1 pip install" in backends.status()["cuda"]
         with pytest.raises(RuntimeError, match="FASTDIFF_CUDA=1 pip install"):
-            backends.get("cuda").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout())
+            backends.get("cuda").bind(
+                Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout()
+            )
     finally:
         monkeypatch.undo()
         noise.cuda_core.cache_clear()

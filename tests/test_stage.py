@@ -842,4 +842,6 @@ def test_without_the_core_torch_serves_and_says_so_once(monkeypatch):
     with pytest.raises(RuntimeError, match="pip install -e"):
         backends.choose("cpu", torch.float32, torch.float32, CPU)
     with pytest.raises(RuntimeError, match="pip install -e"):
-        backends.get("cpu").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout())
+        backends.get("cpu").bind(
+            Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout()
+        )

@@ -119,6 +119,7 @@ def random_plan(
     extras: int = 2,
     grown: bool = True,
     evaluations: bool = True,
+    prediction: str | None = None,
 ) -> fd.Plan:
     """A valid plan of one to seven stages.
 
@@ -129,6 +130,7 @@ def random_plan(
         extras: Entries of the bank that they may read.
         grown: Whether they may use the fields beyond the first instruction, where there are any.
         evaluations: Whether a plan without a single evaluation is drawn again.
+        prediction: What the network returns; None: any.
     """
     rng = random.Random(seed)
     while True:
@@ -142,7 +144,7 @@ def random_plan(
             tuple(stages),
             (1.0, *sorted({0.5, 0.0}, reverse=True)),
             solver=f"random {seed}",
-            prediction=rng.choice(PREDICTIONS),
+            prediction=prediction or rng.choice(PREDICTIONS),
             variable="x0" if limits else rng.choice(PREDICTIONS),
             prior_scale=round(math.exp(rng.gauss(0.0, 1.0)), 3),
         )
