@@ -22,6 +22,22 @@ from support.core import INSTRUCTION_SETS, native  # noqa: E402  (after triton's
 from support.recorder import Recorder  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--many",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N times as many random plans in the differential tests, for a night",
+    )
+
+
+@pytest.fixture
+def many(request: pytest.FixtureRequest) -> int:
+    """The factor by which differential tests take more cases."""
+    return request.config.getoption("--many")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:
         return

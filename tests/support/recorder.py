@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 
 import torch
 
@@ -69,3 +70,13 @@ class Recorder:
 
     def pool_bytes(self, device, pool):
         return (self.recorded - self.recorded_before) * self.bytes_each
+
+
+def capturers():
+    """The library's table of capturers by device type, or None where it has none by these names."""
+    for module in ("fastdiff.capture.cuda", "fastdiff.capture", "fastdiff.graphs"):
+        with contextlib.suppress(ImportError):
+            table = getattr(importlib.import_module(module), "CAPTURERS", None)
+            if table is not None:
+                return table
+    return None
