@@ -26,8 +26,7 @@ from .graphs import Captures, Entry, flatten, rebuild
 from .guidance import CFG, PerStage, arguments_of, at_stage, varies
 from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
 from .schedules import Array, Schedule
-from .solvers.base import Rows
-from .solvers.dpm import DPMSolverMultistep
+from .solvers import DPMSolverMultistep, Row, Rows
 from .solvers.exponential import adams, lagrange, phi, transfer
 from .transpose import Transposed, alternates
 
@@ -1019,7 +1018,8 @@ def _reverse_sde(schedule: Schedule, plan: Plan, order: int) -> Plan:
             j, a = [alpha], 0.0
         u = lam[i::-1][:k] - lam[i] if k > 1 else np.zeros(1)
         b = np.linalg.solve(np.vander(u, increasing=True).T, np.array(j))
-        rows.add(float(s), x=(a, dict(zip(range(i, i - k, -1), b.tolist(), strict=True))))
+        outputs = dict(zip(range(i, i - k, -1), b.tolist(), strict=True))
+        rows.add(float(s), x=Row(x=a, outputs=outputs))
     return Plan(
         stages=tuple(rows.stages),
         times=plan.times,
