@@ -218,8 +218,7 @@ def gate() -> None:
 def plan_of(name: str, budget: int, grid: str, prediction: str) -> fd.Plan | None:
     """The plan that spends the budget exactly, or None where there is none."""
     steps, rest = divmod(budget, fd.solvers.info(name).nfe_per_step)
-    history = fd.solvers.get(name).history
-    if rest or steps < max(history, 1):
+    if rest or steps < fd.solvers.info(name).least_steps:
         return None
     plan = fd.plan(VP, name, steps, grid=grid, prediction=prediction)
     assert plan.nfe == budget

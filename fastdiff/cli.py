@@ -416,8 +416,8 @@ def _errors(
     """Per solver, (NFE, relative error) of the largest plan within each budget."""
     plans: dict[str, list[fd.Plan]] = {}
     for name in names:
-        combines, nfe = fd.solvers.get(name).history, fd.solvers.info(name).nfe_per_step
-        steps = [budget // nfe for budget in budgets if budget // nfe >= combines]
+        least, nfe = fd.solvers.info(name).least_steps, fd.solvers.info(name).nfe_per_step
+        steps = [budget // nfe for budget in budgets if budget // nfe >= least]
         plans[name] = [problem.plan(name, each, grid) for each in steps]
         if any(plan.stochastic for plan in plans[name]):
             raise ValueError(f"--solvers: {name} draws noise, so it has no one right answer.")
@@ -508,7 +508,7 @@ def solvers() -> None:
     rows = [["name", "order", "NFE/step", "what", "source"]]
     for name in fd.solvers.names():
         info = fd.solvers.info(name)
-        order, nfe = f"{info.order:g}", f"{info.nfe_per_step:g}"
+        order, nfe = f"{info.measured_order:g}", f"{info.nfe_per_step:g}"
         rows.append([name, order, nfe, info.summary, info.source])
     click.echo(_columns(rows))
 

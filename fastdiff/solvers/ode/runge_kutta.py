@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..schedules import Array, FlowMatching, Schedule
-from .base import Rows, Solver, choice
+from ...schedules import Array, Schedule
+from ..base import Solver, choice
+from ..entry import Info
+from ..rows import Row, Rows
 
 Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
 
@@ -60,15 +62,19 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
         last = i + 1 == len(c)
         weights = b if last else a[i + 1]
         factor = scale[i + 1]
-        row = (
-            factor / alpha_s,
-            {first + j: factor * length * w for j, w in enumerate(weights) if w},
-        )
+        outputs = {first + j: factor * length * w for j, w in enumerate(weights) if w}
+        row = Row(x=factor / alpha_s, outputs=outputs)
         if last:
             rows.add(time, x=row)
         else:
             rows.add(time, e=row)
     return first
+
+
+def write_runge_kutta(rows: Rows, tableau: str, times: Array) -> None:
+    """Writes a run through `times` with this tableau."""
+    for s, t in itertools.pairwise(times):
+        runge_kutta_step(rows, tableau, s, t)
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,11 @@ class RhoRK(Solver):
         return "epsilon"
 
     def write(self, rows: Rows, times: Array) -> None:
-        for s, t in itertools.pairwise(times):
-            runge_kutta_step(rows, self.tableau, s, t)
+        write_runge_kutta(rows, self.tableau, times)
 
 
 @dataclass(frozen=True)
-class Heun(RhoRK):
+class Heun(Solver):
     """Heun in the schedule's own straight variable, the last step to sigma = 0 by Euler.
 
     On EDM and VP schedules d(x/alpha)/d(sigma/alpha) = epsilon (there it is rhoRK-Heun); on
@@ -113,24 +118,74 @@ class Heun(RhoRK):
     Source: Karras et al., "Elucidating the Design Space", arXiv:2206.00364, Algorithm 1.
     """
 
-    tableau: str = "heun"
-
     @property
     def name(self) -> str:
-        return self.tableau
+        return "heun"
 
     def variable(self, schedule: Schedule, times: Array) -> str:
-        return "velocity" if isinstance(schedule, FlowMatching) else "epsilon"
+        return schedule.straight
+
+    def write(self, rows: Rows, times: Array) -> None:
+        write_runge_kutta(rows, "heun", times)
 
 
 @dataclass(frozen=True)
-class Euler(Heun):
+class Euler(Solver):
     """Euler in the schedule's own straight variable; order 1.
 
-    On EDM and VP schedules the same numbers as ddim. On FlowMatching x' = x + (t' - t) velocity,
-    which is ddim as well, and is defined at both ends t = 1 and t = 0.
+    On EDM and VP schedules the numbers are those of ddim. On FlowMatching
+    x' = x + (t' - t) velocity, which is ddim as well, and is defined at both ends t = 1 and t = 0.
 
     Source: Karras et al., arXiv:2206.00364, Algorithm 1 without its correction.
     """
 
-    tableau: str = "euler"
+    @property
+    def name(self) -> str:
+        return "euler"
+
+    def variable(self, schedule: Schedule, times: Array) -> str:
+        return schedule.straight
+
+    def write(self, rows: Rows, times: Array) -> None:
+        write_runge_kutta(rows, "euler", times)
+
+
+_EDM = "Karras et al., arXiv:2206.00364"
+_ORDERS = {"euler": 1, "heun": 2, "rk4": 4}  # the others are of order 3
+
+SOLVERS = (
+    Info(
+        "euler",
+        Euler,
+        measured_order=1,
+        nfe_per_step=1,
+        summary="Euler in the schedule's straight variable",
+        source=_EDM,
+        aliases={
+            "sample_euler": {},  # k-diffusion, with its default s_churn = 0
+            "EulerDiscreteScheduler": {},
+            "FlowMatchEulerDiscreteScheduler": {},
+        },
+    ),
+    Info(
+        "heun",
+        Heun,
+        measured_order=2,
+        nfe_per_step=2,
+        summary="Heun in the schedule's straight variable",
+        source=_EDM,
+        aliases={"sample_heun": {}, "HeunDiscreteScheduler": {}},
+    ),
+    *(
+        Info(
+            f"deis-{tableau}",
+            RhoRK,
+            measured_order=_ORDERS.get(tableau, 3),
+            nfe_per_step=len(nodes),
+            summary="Runge-Kutta in rho",
+            source="Zhang & Chen, arXiv:2204.13902",
+            fixed={"tableau": tableau},
+        )
+        for tableau, (nodes, _, _) in TABLEAUS.items()
+    ),
+)

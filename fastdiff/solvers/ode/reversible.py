@@ -6,9 +6,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from ..schedules import Array, Schedule
-from .base import Rows, Solver, choice
-from .exponential import moments, transfer
+from ...schedules import Array, Schedule
+from ...schedules.base import real
+from ..base import Solver, choice
+from ..entry import Info
+from ..exponential import moments, transfer
+from ..rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Reversible(Solver):
 
     def __post_init__(self) -> None:
         choice(self.name, "form", self.form, ("epsilon", "x0"))
-        if not (isinstance(self.zeta, int | float) and 0.0 < self.zeta < 1.0):
+        if not 0.0 < real(self.name, "zeta", self.zeta) < 1.0:
             raise ValueError(f"{self.name}: zeta lies between 0 and 1; got {self.zeta!r}.")
 
     @property
@@ -58,7 +61,19 @@ class Reversible(Solver):
             own = self.zeta if i > 0 else 0.0  # at the start both are x
             k = rows.current
             if float(schedule.sigma(t)) == 0.0:  # the end of the schedule: DDIM's step
-                rows.add(s, x=(a, {k: b}))
+                rows.add(s, x=Row(x=a, outputs={k: b}))
                 continue
-            rows.add(s, e=(a * (1.0 - own), {k: b}), d_e=a * own)
-            rows.add(t, x=(a, {k + 1: b}))
+            rows.add(s, e=Row(x=a * (1.0 - own), e=a * own, outputs={k: b}))
+            rows.add(t, x=Row(x=a, outputs={k + 1: b}))
+
+
+SOLVERS = (
+    Info(
+        "rex-1",
+        Reversible,
+        measured_order=1,
+        nfe_per_step=2,
+        summary="two coupled copies, undone without stored states",
+        source="McCallum & Foster, arXiv:2410.11648",
+    ),
+)
