@@ -15,7 +15,7 @@ from .layout import (
     decode,
     encode,
 )
-from .plans import Plan
+from .plan import Plan
 from .stage import LEAST_FLOOR, Stage
 from .terms import Measure, Product, Reduction
 from .transpose import Transposed, alternates, transpose
