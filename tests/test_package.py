@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from lower layers and from its own. The package itself (""),
 # which gathers the names of those below it, is open to the last layer only.
 LAYERS = (
-    {"_text", "_native", "kernels"},
+    {"_files", "_text", "_native", "kernels"},
     {"schedules", "grids", "plan", "noise", "transpose"},
     {"solvers", "backends"},
     {"sampler", "guidance", "graphs", "gradients", "traced", "batcher", "reference"},
