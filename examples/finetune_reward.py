@@ -12,11 +12,11 @@ The loss is a function of finished samples, so its gradient in the weights goes 
 evaluation of the run. `gradient="discrete"` does that in the memory of one evaluation, whatever the
 number of steps; autograd through the loop ("backprop") keeps the activations of all.
 
-Printed: the peak memory of a training step by both and by the number of steps, measured, with how
-far their gradients are apart; then the reward on noises that no training step saw, before and
-after, the ink, and how many images are still recognised: by the classifier, which was part of the
-loss, and by the nearest training image, which was not. `finetune-reward.png` shows all that and the
-images; `finetune-reward.safetensors` holds the weights, for `fd.models.digits(file)`.
+The example prints the peak memory of a training step by both and by the number of steps, measured,
+with how far their gradients are apart; then the reward on noises that no training step saw, before
+and after, the ink, and how many images are still recognised: by the classifier, which was part of
+the loss, and by the nearest training image, which was not. `finetune-reward.png` shows all that and
+the images; `finetune-reward.safetensors` holds the weights, for `fd.models.digits(file)`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def finetune(
     rate: float,
     seed: int,
 ) -> list[float]:
-    """Adam on the weights; the mean reward of every iteration's samples."""
+    """Runs Adam on the weights; gives the mean reward of every iteration's samples."""
     sampler = fd.Sampler(network, plan, gradient="discrete")
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     random = torch.Generator().manual_seed(seed)
@@ -110,7 +110,7 @@ def draw(
     rows: list[tuple[str, Tensor]],
     path: Path,
 ) -> None:
-    """Memory by steps, reward by iteration, images before and after."""
+    """Draws memory by steps, reward by iteration, and images before and after."""
     sheet = Sheet()
     for name, each in memory.items():
         peaks = [peak for peak, _ in each]

@@ -12,25 +12,26 @@ turns into it. A plan says what to solve for. Its row n, read off `plan.stages`,
 with out_n = network(x_n, t_n): linear but for the network. In reverse x_{n+1} is known, and the
 network would have to be asked at x_n, which is not. Two ways out:
 
-- *explicit*: ask it at x_{n+1}, the cleaner end of the step, instead, and solve the row for x_n. By
-  DDIM's rows, which read no history, whatever solver decodes. One evaluation a step; the error of
-  the round trip is of first order in the step.
+- *explicit*: ask it at x_{n+1}, the cleaner end of the step, instead, and solve the row for x_n.
+  The rows are DDIM's, which read no history, whatever solver decodes. A step takes one evaluation,
+  and the error of the round trip is of first order in the step.
 - *fixed point*: guess all states (explicitly), ask the network at all of them in one call, and
   solve the rows, which with those outputs are a linear system in x_0 ... x_{N-1}; repeat until
-  nothing moves. A multistep solver's history is no difficulty: the h_{n-j} belong to the same
-  system. Where it converges, the round trip is exact at any number of steps. It does if the steps
-  are short enough: at 5 steps of dpmpp-2m it does not.
+  nothing moves. A multistep solver's history is no difficulty, because the h_{n-j} belong to the
+  same system. Where it converges, the round trip is exact at any number of steps. It does if the
+  steps are short enough: at 5 steps of dpmpp-2m it does not.
 
-Printed, by solver and steps: the error of the round trip, ||decoded - digit|| / ||digit||; what
-encoding cost, in evaluations; the standard deviation of the noise found, which should be near 1,
-since that is what the sampler starts from (coarse ddim needs more to arrive at a real digit); and
-how far the last sweep of the fixed point moved the states, which says whether it was found.
-`invert.png` shows the errors, how far each sweep of the fixed point moves the states, the noises
-and the round trips.
+The example prints, by solver and steps: the error of the round trip, ||decoded - digit|| /
+||digit||; what encoding cost, in evaluations; the standard deviation of the noise found, which
+should be near 1, since that is what the sampler starts from (coarse ddim needs more to arrive at a
+real digit); and how far the last sweep of the fixed point moved the states, which says whether it
+was found. `invert.png` shows the errors, how far each sweep of the fixed point moves the states,
+the noises and the round trips.
 
-All in float64. A digit is encoded as a state of the plan's last time, alpha x0 + sigma epsilon with
-sigma = 0.01, less than an eye sees. Without that epsilon, pixels that are paper in every training
-image would have no noise to go back to, and the codes would be too small: 0.73 in place of 1.
+All arithmetic is float64. A digit is encoded as a state of the plan's last time, alpha x0 + sigma
+epsilon with sigma = 0.01, less than an eye sees. Without that epsilon, pixels that are paper in
+every training image would have no noise to go back to, and the codes would be too small: 0.73 in
+place of 1.
 
 Sources: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, section 4.3 (the
 explicit way); Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion
@@ -66,7 +67,7 @@ class Result:
 
 
 def explicit(network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan) -> Tensor:
-    """States at the plan's times, [N + 1, B, ...]: DDIM backwards, out_n taken at x_{n+1}."""
+    """States at the plan's times, [N + 1, B, ...]: DDIM backwards with out_n taken at x_{n+1}."""
     ddim = fd.plan(
         network.schedule, "ddim", plan.steps, grid=plan.times, prediction=network.prediction
     )
@@ -82,7 +83,7 @@ def explicit(network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan) 
 def fixed_point(
     network: fd.models.DigitsDiT, states: Tensor, y: Tensor, plan: fd.Plan, sweeps: int
 ) -> tuple[Tensor, list[float]]:
-    """The noise whose run ends in states[-1], from a guess of all states, and each sweep's move."""
+    """The noise whose run ends in states[-1], from a guess of all states; and each sweep's move."""
     count, batch = len(plan.stages), len(y)
     # row n as equation n:  sum_m left[n, m] x_m = sum_m right[n, m] out_m
     left = torch.zeros(count, count + 1, dtype=states.dtype)
@@ -111,7 +112,7 @@ def fixed_point(
 def round_trip(
     network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan, sweeps: int
 ) -> Result:
-    """Both ways back by one plan, and forward again by the sampler."""
+    """Encodes in both ways by one plan, and decodes by the sampler."""
     states = explicit(network, x, y, plan)
     exact, moves = fixed_point(network, states, y, plan, sweeps)
     noises = {"explicit": states[0], "fixed point": exact}
@@ -125,7 +126,7 @@ def round_trip(
 
 
 def draw(results: list[Result], x: Tensor, y: Tensor, path: Path) -> None:
-    """Errors by steps, moves by sweep, and the images of one plan."""
+    """Draws errors by steps, moves by sweep, and the images of one plan."""
     sheet = Sheet(height=9.4, below=1.45)
     solvers = list(dict.fromkeys(result.plan.solver for result in results))
     for solver, colour in zip(solvers, itertools.cycle(COLOURS), strict=False):

@@ -12,9 +12,10 @@ gradient of the cross-entropy back through the whole run to x_T, in three ways:
 - `"discrete"`: the same numbers by the transposed plan, one network evaluation in memory at a time;
 - `AdjointDEIS()`: the gradient of the continuous flow that the sampler approximates.
 
-Printed: seconds, the loss before and after, and how many images the classifier recognises, beside
-the verdict of the nearest training image, which nothing here optimises. `optimise-latent.png` shows
-the losses, how far each gradient is from autograd's by the number of steps, and the images.
+The example prints the seconds, the loss before and after, and how many images the classifier
+recognises, beside the verdict of the nearest training image, which nothing here optimises.
+`optimise-latent.png` shows the losses, how far each gradient is from autograd's by the number of
+steps, and the images.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ COMPARED_AT = (5, 7, 10, 14, 20, 28, 40)
 
 @dataclass
 class Result:
-    """An optimisation: the loss of every iteration, the last images, the time it took."""
+    """What an optimisation gave: the loss of every iteration, the last images, and its time."""
 
     losses: list[float]
     images: Tensor
@@ -68,7 +69,7 @@ def optimise(
     iterations: int,
     rate: float,
 ) -> Result:
-    """Adam on x_T. `gradient` is the one argument by which the three runs differ."""
+    """Runs Adam on x_T. `gradient` is the one argument by which the three runs differ."""
     began = time.perf_counter()
     sampler = fd.Sampler(network, plan, gradient=gradient)
     x = noise.clone().requires_grad_()
@@ -113,7 +114,7 @@ def distances(
 def draw(
     results: dict[str, Result], apart: dict[str, list[float]], start: Tensor, path: Path
 ) -> None:
-    """The losses, the gradients' distances, and the first ten images of every run."""
+    """Draws the losses, the gradients' distances, and the first ten images of every run."""
     sheet = Sheet()
     for name, result in results.items():
         style = {"color": COLOURS[name], "label": name, "lw": 1.8}
@@ -142,7 +143,10 @@ def draw(
 @click.option("--solver", default="dpmpp-2m", help="`fastdiff solvers` lists them.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Steps of the sampler.")
 @click.option(
-    "--count", type=click.IntRange(1), default=30, help="Noises; the k-th wants k mod 10."
+    "--count",
+    type=click.IntRange(1),
+    default=30,
+    help="Number of noises; the k-th wants the digit k mod 10.",
 )
 @click.option("--iterations", type=click.IntRange(1), default=40, help="Steps of Adam.")
 @click.option("--rate", type=click.FloatRange(0), default=0.1, help="Adam's learning rate.")

@@ -7,8 +7,8 @@
     python examples/train_digits.py --out out/ --evaluate       # measure them, draw samples
     python examples/train_digits.py --evaluate --shipped        # measure the package's weights
 
-Written into the folder: `digits.safetensors` (averaged weights), `classifier.safetensors`,
-`loss.png`, `checkpoint.pt`, from which --resume continues, and, by --evaluate, `samples.png`.
+The folder then holds `digits.safetensors` (averaged weights), `classifier.safetensors`, `loss.png`,
+`checkpoint.pt`, from which --resume continues, and, after --evaluate, `samples.png`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run:
         return cls(settings, network, average, optimizer, random)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; a reader finds the old one or the new one, never half of it."""
+        """Write a checkpoint; a reader finds the old one or the new one, never a part."""
         state = {
             "settings": self.settings,
             "network": self.network.state_dict(),
