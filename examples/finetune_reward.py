@@ -146,6 +146,7 @@ def draw(
 )
 @click.option("--seed", default=0, help="Seed of classes and noises.")
 def main(
+    *,
     out: Path,
     wanted: float,
     solver: str,

@@ -303,6 +303,7 @@ def evaluate(network: DigitsDiT, classifier: DigitsClassifier, path: Path) -> No
 )
 @click.option("--shipped", is_flag=True, help="With --evaluate: measure the package's weights.")
 def main(
+    *,
     out: Path,
     steps: int,
     minutes: float | None,
