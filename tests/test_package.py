@@ -268,7 +268,7 @@ def test_a_wheel_built_from_the_sdist_holds_the_tree(tmp_path):
 
 DOCUMENTS = [
     path.relative_to(ROOT).as_posix()
-    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))
+    for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")))
 ]
 
 
