@@ -508,7 +508,7 @@ class _Sweep:
         registers, run = self.bound(plan.handle, table, transposed.slots)
         assert registers.m is not None
         run(0, None, None)
-        earliest = next(i for i, stage in enumerate(plan.stages) if stage.evaluate)
+        earliest = next((i for i, stage in enumerate(plan.stages) if stage.evaluate), 0)
         for row, i in enumerate(reversed(range(len(plan.stages))), start=1):
             stage, m_bar = plan.stages[i], None
             self._owe(transposed.extras[i], registers)
@@ -563,9 +563,13 @@ class _Sweep:
         self.x_bar = registers.x
         return registers, run
 
-    def _owe(self, owed: Sequence[tuple[int, float, int | None]], registers: Registers) -> None:
+    def _owe(
+        self,
+        owed: Sequence[tuple[int, float, int | None, tuple[str, int] | None]],
+        registers: Registers,
+    ) -> None:
         """What a stage owes to the read-only registers."""
-        for register, weight, slot in owed:
+        for register, weight, slot, _ in owed:
             k = self._registers[register]
             if self.trace.named[k].requires_grad:
                 assert registers.history is not None
@@ -823,6 +827,8 @@ def differentiable(
             "Discrete: undo=True needs a plan whose every stage moves one of x and e from the "
             f'other, such as "rex-1"; got {plan.solver}. Use that, or checkpoint=.'
         )
+    if isinstance(gradient, Discrete):
+        _check_products(plan)
     if captures is None:
         trace = Trace(*given, cond, named, len(extras), x.detach(), fill)
         return _Function.apply(trace, x, *named)
@@ -868,6 +874,17 @@ def differentiable(
     assert entry is not None
     _refill(entry.run, held, fill)
     return _CapturedFunction.apply(entry.run, captures, entry, x, *named)
+
+
+def _check_products(plan: Plan) -> None:
+    """Raises where a backward row multiplies with the bank, or reads y past its limit."""
+    transposed = plan.transpose()
+    factors = any(factor for stage in transposed.extras for *_, factor in stage)
+    if transposed.layout.products or factors or transposed.unowed or any(transposed.raw):
+        raise NotImplementedError(
+            'sample: gradient="discrete" of a plan with products, or with b_raw or g_raw beside a '
+            "limit, is not made. Leave them out."
+        )
 
 
 def _refill(captured: _Captured, held: Sequence[torch.Tensor], fill: Callable[[Any], None]) -> None:
