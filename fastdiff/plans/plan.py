@@ -266,7 +266,12 @@ class Plan:
     @functools.cached_property
     def layout(self) -> Layout:
         """Columns of `table`."""
-        return layout_of(self.rows())
+        return layout_of(self._rows)
+
+    @functools.cached_property
+    def _rows(self) -> list[PackedRow]:
+        """The rows of `table`."""
+        return self.rows()
 
     @functools.cached_property
     def table(self) -> NDArray[np.float64]:
@@ -284,7 +289,7 @@ class Plan:
         Returns:
             float64 [len(stages), width] in the columns of `layout` with G branches.
         """
-        rows = self.rows(weights)
+        rows = self._rows if weights is None else self.rows(weights)
         return encode(rows, dataclasses.replace(self.layout, branches=len(rows[0].k)))
 
     def rows(self, weights: Sequence[float] | None = None) -> list[PackedRow]:

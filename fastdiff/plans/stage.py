@@ -111,12 +111,13 @@ class Stage:
         for name in _NUMBERS:
             value = number("Stage", name, getattr(self, name))
             put(name, value)
-            if not (name in ("x0_p", "x0_q") and math.isnan(value)):
+            if not (math.isfinite(value) or (name in ("x0_p", "x0_q") and math.isnan(value))):
                 finite("Stage", name, value, where)
         for name in ("b", "r", "g", "s"):
             values = floats("Stage", name, getattr(self, name))
-            for i, value in enumerate(values):
-                finite("Stage", f"{name}[{i}]", value, where)
+            if not all(map(math.isfinite, values)):
+                for i, value in enumerate(values):
+                    finite("Stage", f"{name}[{i}]", value, where)
             count = len(values)
             while count and values[count - 1] == 0.0:
                 count -= 1
