@@ -180,7 +180,7 @@ PUBLIC = {
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS Reversible RhoAB RhoRK Rows Solver TABLEAUS get info names plan",
+    "Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
 }
 
 

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sampler's captures: made, kept, given up.
+
+What is captured reads and writes fixed memory: the run's registers, its table of coefficients, its
+times, its seeds and its copy of the conditioning. A call copies its inputs there, replays, and
+copies the result out; another plan of the same structure is another table in the same place.
+Everything else that the recorded kernels depend on (shapes, dtypes, autocast, the addresses of the
+network's weights) is part of the key under which a capture is kept, or is looked at before each
+replay, so that no replay reads stale memory.
+
+A capture is made in four steps, each of which can refuse the network and say why: the body is run
+twice as it is, the second time with every synchronisation turned into an error; then recorded; then
+replayed on the same inputs and compared with what the body gave.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .cuda import Capturer, one_capture
+from .options import Graph, Stats
+from .refusals import CaptureTooLarge, compare, refusal
+from .weights import Weights
+
+
+@dataclass
+class Entry:
+    """One capture with all that it stands on.
+
+    Attributes:
+        run: The sampler's buffers and bound kernels; kept alive here.
+        bytes: Of the buffers.
+        launches: The graphs by name: None for a loop; for a stage, whether it evaluates; "forward"
+            and "backward" for a loop with its gradient.
+        weights: The network's, as they lay.
+    """
+
+    run: Any
+    bytes: int
+    launches: dict[Hashable, Callable[[], None]] = field(default_factory=dict)
+    weights: Weights | None = None
+
+
+class Captures:
+    """A sampler's captures, the least recently used first, in one memory pool.
+
+    Attributes:
+        lock: Held from looking an entry up until its result is copied out, so that another thread
+            replays after that.
+    """
+
+    def __init__(self, graph: Graph, capturer: Capturer, device: torch.device) -> None:
+        self.lock = threading.RLock()
+        self._graph, self._capturer, self._device = graph, capturer, device
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._pool: Any = None
+        self._pool_bytes = 0
+        self._captures = self._replays = self._evictions = 0
+
+    def stats(self) -> Stats:
+        return Stats(
+            captures=self._captures,
+            replays=self._replays,
+            evictions=self._evictions,
+            loops=len(self._entries),
+            bytes=self._bytes(),
+        )
+
+    def environment(self) -> Hashable:
+        """See `Capturer.environment`."""
+        return self._capturer.environment(self._device)
+
+    def get(self, key: Hashable) -> Entry | None:
+        """The entry of that key whose network still lies where it lay."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        if entry.weights is not None and entry.weights.moved():
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    def add(self, key: Hashable, entry: Entry) -> bool:
+        """Keeps a captured entry, at the price of others.
+
+        Returns:
+            False where it was given up with all others for `Graph.bytes`: alone it may fit, so
+            capture it once more.
+
+        Raises:
+            CaptureTooLarge: It alone is larger than `Graph.bytes`.
+        """
+        self._entries[key] = entry
+        alone = True
+        while len(self._entries) > self._graph.loops or (self._over() and len(self._entries) > 1):
+            alone = False
+            self._drop(next(iter(self._entries)))
+        if not self._over():
+            return True
+        needed = self._bytes()
+        self._drop(key)  # the last: what the pool holds of the others goes with it
+        if alone:
+            raise CaptureTooLarge(
+                f"sample: captured loops may hold {self._graph.bytes} bytes (Graph.bytes), and this"
+                f" one needs {needed}. Raise the bound, sample smaller batches, or use graph=None."
+            )
+        return False
+
+    def drop(self, key: Hashable) -> None:
+        """Gives up one entry, if it is there."""
+        if key in self._entries:
+            self._drop(key)
+
+    def launch(self, entry: Entry, name: Hashable = None) -> None:
+        """Replays on the current stream."""
+        self._replays += 1
+        entry.launches[name]()
+
+    def clear(self) -> None:
+        """Gives up every capture and its memory."""
+        for key in list(self._entries):
+            self._drop(key)
+
+    def capture(
+        self,
+        bodies: Mapping[Any, Callable[[], None]],
+        whole: Callable[[Callable[[Any], None]], None],
+        result: Callable[[], torch.Tensor],
+        entry: Entry,
+        network: Any,
+    ) -> None:
+        """Records bodies into an entry, or refuses.
+
+        Args:
+            bodies: What to record, by its name in `Entry.launches`.
+            whole: `whole(step)` fills the buffers anew and makes one whole run of them, calling
+                `step(name)` for every body in order.
+            result: What a run leaves.
+            entry: Where the graphs go.
+            network: Whose tensors they read.
+
+        Raises:
+            CaptureRefused: The network cannot be captured: which rule it broke, and where.
+            Exception: What the network itself raises.
+        """
+        capturer, device = self._capturer, self._device
+
+        def rehearsal(strict: bool) -> Callable[[Hashable], None]:
+            return lambda name: capturer.rehearse(device, bodies[name], strict)
+
+        done = False
+        with one_capture(), capturer.preserved(device) as rewind:
+            try:
+                whole(rehearsal(False))
+                rewind()
+                entry.weights = Weights(network)
+                graphs: dict[Hashable, Callable[[], None]] = {}
+                try:
+                    whole(rehearsal(True))
+                    expected = result().clone()
+                    if self._pool is None:
+                        self._pool = capturer.pool(device)
+                    for name, body in bodies.items():
+                        graphs[name] = capturer.record(device, body, self._pool)
+                except RuntimeError as error:
+                    refused = refusal(error)
+                    if refused is error:
+                        raise
+                    raise refused from error
+                rewind()
+                entry.launches.update(graphs)
+                whole(functools.partial(self.launch, entry))
+                compare(expected, result(), entry.weights)
+                done = True
+            finally:
+                if not done:
+                    rewind()
+                    if not self._entries:
+                        self._pool = None  # what a broken capture left in it goes with it
+        self._captures += 1
+        self._pool_bytes = capturer.pool_bytes(device, self._pool)
+
+    def _bytes(self) -> int:
+        return self._pool_bytes + sum(entry.bytes for entry in self._entries.values())
+
+    def _over(self) -> bool:
+        return self._graph.bytes is not None and self._bytes() > self._graph.bytes
+
+    def _drop(self, key: Hashable) -> None:
+        del self._entries[key]
+        self._evictions += 1
+        if not self._entries:  # the graphs' memory goes back with the last of them
+            self._pool, self._pool_bytes = None, 0

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call: what its caller gave, checked and carried whole through a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .. import conditioning
+from ..plans import Plan
+
+Callback = Callable[[int, float, torch.Tensor, torch.Tensor], Any]
+Seeds = int | Sequence[int] | torch.Tensor
+
+_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a run is given.
+
+    Attributes:
+        x: The state at the plan's first time, [B, ...].
+        cond: Conditioning, of the samples or of all branches; who makes a call says which.
+        seed: An integer, or one a sample; None for plans without noise.
+        xi: Noise given instead of drawn, one tensor a stage; or None.
+        extras: The entries of the bank, each broadcastable to x.
+        offset: Place of x's first element within the sample that it is a part of.
+        callback: Called after every evaluation.
+        check: Whether every output is looked at.
+        progress: Whether a bar is shown.
+    """
+
+    x: torch.Tensor
+    cond: Any = None
+    seed: Any = None
+    xi: Any = None
+    extras: Sequence[Any] = ()
+    offset: int = 0
+    callback: Callback | None = None
+    check: bool = False
+    progress: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Samples B."""
+        return self.x.shape[0]
+
+    @property
+    def watched(self) -> bool:
+        """Whether the caller looks into the run, so that its stages cannot be one launch."""
+        return self.check or self.progress or self.callback is not None or self.xi is not None
+
+
+def check_state(x: Any) -> None:
+    """Raises unless x can be a state."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"sample: x is a tensor; got {type(x).__name__}.")
+    if x.dtype not in _STATE_DTYPES:
+        raise TypeError(
+            f"sample: x is real and floating ({', '.join(map(str, _STATE_DTYPES))}); got "
+            f"{x.dtype}. Convert it, e.g. x.float()."
+        )
+    if x.ndim == 0:
+        raise ValueError("sample: x has a batch dimension, [B, ...]; got a scalar tensor.")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"sample: x is a dense tensor; got {x.layout}. Use x.to_dense().")
+
+
+def check_call(call: Call, plan: Plan) -> None:
+    """Raises for what a plan cannot take, before anything is run."""
+    x = call.x
+    if call.check and not bool(torch.isfinite(x).all()):
+        raise ValueError("sample: x is finite; got NaN or infinity in it.")
+    conditioning.check(call.cond, call.batch, len(plan.stages))
+    if isinstance(call.extras, torch.Tensor) or not isinstance(call.extras, Sequence):
+        raise TypeError(
+            "sample: extras is a sequence of tensors, one an entry; got "
+            f"{type(call.extras).__name__}. For one entry give extras=(tensor,)."
+        )
+    if len(call.extras) != plan.extras:
+        raise ValueError(
+            f"sample: the plan reads {plan.extras} extra input registers; got "
+            f"{len(call.extras)}. Give them as extras=(...)."
+        )
+    offset = call.offset
+    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0 or offset % 4:
+        raise ValueError(
+            "sample: offset is the place of x's first element in its sample, a multiple of 4 from "
+            f"0 on (noise is made four elements at a time); got {offset!r}."
+        )
+    if offset and any(stage.threshold is not None for stage in plan.stages):
+        raise ValueError(
+            "sample: a threshold is the quantile of a whole sample; got a part of one, offset="
+            f"{offset}, for a plan that thresholds. Sample it whole, or use clip=."
+        )
+
+
+def check_given(call: Call, plan: Plan) -> None:
+    """Raises where a stochastic plan was given neither seeds nor noise."""
+    if plan.stochastic and call.seed is None and call.xi is None:
+        raise ValueError(
+            f"sample: {plan.solver} draws noise. Give seed= (an integer, or one a sample), "
+            "or the noise itself as xi=."
+        )
+
+
+def check_untransformed(
+    call: Call, gradient: Any, parameters: Callable[[], Sequence[torch.Tensor]]
+) -> None:
+    """Raises where a transformation of PyTorch's would pass through a run unseen.
+
+    Args:
+        call: The call.
+        gradient: The sampler's; "backprop" is plain tensor operations, which all of them see.
+        parameters: Gives those of the network, where they have to be looked at.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "sample: torch.jit.trace records tensor operations, and a run is none: the trace would "
+            "return its example. Use torch.compile or torch.export, or trace the network alone."
+        )
+    if gradient == "backprop":
+        return
+    dual = getattr(forward_ad, "_current_level", -1) >= 0
+    functional = torch._C._are_functorch_transforms_active()
+    if not dual and not functional:
+        return
+    extras = [extra for extra in call.extras if isinstance(extra, torch.Tensor)]
+    for tensor in (call.x, *conditioning.tensors_in(call.cond), *extras, *parameters()):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise NotImplementedError(
+                "sample: torch.func does not see into a run; got a tensor that it transforms. Use "
+                'gradient="backprop", or sample outside the transformation.'
+            )
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "sample: a run has no forward-mode derivative; got a dual tensor. Use "
+                'gradient="backprop", or a reverse-mode gradient.'
+            )
+
+
+def check_out(out: Any, x: torch.Tensor) -> None:
+    """Raises unless a result can be written to `out`."""
+    if not isinstance(out, torch.Tensor):
+        raise TypeError(f"sample: out is a tensor like x; got {type(out).__name__}.")
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"sample: out is like x, {tuple(x.shape)} {x.dtype} on {x.device}; got "
+            f"{tuple(out.shape)} {out.dtype} on {out.device}."
+        )
+    reach = 0  # of the dimensions of smaller strides
+    sizes = sorted((st, n) for st, n in zip(out.stride(), out.shape, strict=True) if n > 1)
+    for stride, size in sizes:
+        if stride <= reach:
+            raise ValueError(
+                "sample: out has memory for every element; got an expanded tensor, or another "
+                f"whose elements overlap, of strides {out.stride()}."
+            )
+        reach += stride * (size - 1)
+
+
+def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
+    """Raises unless noise is given as one tensor like the state for each stage."""
+    if not isinstance(xi, torch.Tensor | list | tuple):
+        raise TypeError(f"sample: xi is a tensor, or a list of one a stage; got {xi!r}.")
+    if len(xi) != len(plan.stages):
+        raise ValueError(f"sample: xi has one entry a stage, {len(plan.stages)}; got {len(xi)}.")
+    for i, z in enumerate(xi):
+        if not isinstance(z, torch.Tensor):
+            raise TypeError(f"sample: xi holds tensors; got {type(z).__name__} as xi[{i}].")
+        if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
+            raise ValueError(
+                f"sample: xi is like the state, {tuple(x.shape)} {x.dtype} on {x.device}; got "
+                f"xi[{i}] of {tuple(z.shape)} {z.dtype} on {z.device}."
+            )

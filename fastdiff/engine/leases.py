@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases: who may use a run, and for how long."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from .run import Run, Spec
+
+_IDLE = 8  # runs of one spec that are kept for calls at the same time
+
+
+class Leases:
+    """Lends runs: each to one call at a time. Safe from several threads.
+
+    Runs lent inside somebody's recording belong to the recorded graph from then on, and are lent
+    inside recordings alone.
+
+    Args:
+        specs: Specs whose idle runs are kept; the least recently lent give their memory back.
+    """
+
+    def __init__(self, specs: int = 1) -> None:
+        self._specs = specs
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[Spec, list[Run]] = OrderedDict()
+        self._recorded: dict[Spec, list[Run]] = {}
+
+    def lend(self, spec: Spec, recorded: bool = False) -> Run:
+        """A run of this spec for the caller alone, on the current stream.
+
+        Args:
+            spec: What it is for.
+            recorded: Whether the caller is being recorded into a graph that is not the library's.
+        """
+        with self._lock:
+            if recorded:
+                idle = self._recorded.setdefault(spec, [])
+            else:
+                idle = self._idle.setdefault(spec, [])
+                self._idle.move_to_end(spec)
+                while len(self._idle) > self._specs:
+                    self._idle.popitem(last=False)
+            run = idle.pop() if idle else None
+        if run is None:
+            run = Run(spec)
+        run.follow()
+        return run
+
+    def give_back(self, run: Run, recorded: bool = False) -> None:
+        """Ends a loan. A run that is not given back is given up."""
+        with self._lock:
+            held: Mapping[Spec, list[Run]] = self._recorded if recorded else self._idle
+            idle = held.get(run.spec)
+            if idle is not None and (recorded or len(idle) < _IDLE):
+                idle.append(run)
+
+    def clear(self) -> None:
+        """Gives up the idle runs, but for those that belong to somebody's graph."""
+        with self._lock:
+            self._idle.clear()
