@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cotangents of a plan's registers as sums, before any of them is given a register.
 
-See `fastdiff.plans.transpose` for the formulas.
+See `fastdiff.plans.transposed` for the formulas.
 """
 
 from __future__ import annotations

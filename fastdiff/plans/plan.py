@@ -25,7 +25,7 @@ from .pack import pack
 from .stage import Stage, evaluated_at_e
 from .terms import Measure
 from .text import show
-from .transpose import Transposed, transpose
+from .transposed import Transposed, transpose
 
 _FIELDS = ("stages", "times", "solver", "prediction", "variable", "schedule", "prior_scale")
 
@@ -307,7 +307,7 @@ class Plan:
         return pack(self.stages, self._allocation, weights)
 
     def transpose(self) -> Transposed:
-        """The table of the backward pass; see `fastdiff.plans.transpose`."""
+        """The table of the backward pass; see `fastdiff.plans.transposed`."""
         return self._transposed
 
     @functools.cached_property
