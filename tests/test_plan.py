@@ -367,6 +367,9 @@ def test_a_threshold_may_have_a_ceiling():
         (lambda P, M, R: two(measures=[M(0, R("sum", ("xi",)))]), "a measure reads a noise"),
         (lambda P, M, R: two(scalars={"b_0": 0}), "only columns of S that a measure wrote"),
         (lambda P, M, R: two(scalars={"a_x": 0}), "a scalar multiplies"),
+        (lambda P, M, R: two(scalars={"w_1000": 0}), "a scalar multiplies"),
+        (lambda P, M, R: two(scalars={"w_01": 0}), "a scalar multiplies"),
+        (lambda P, M, R: R("sum", ("out", 1000)), "is an integer from 0 to 999"),
         (lambda P, M, R: two(scalars=(("c", 0), ("c", 1))), "got two of 'c'"),
         (lambda P, M, R: two(threshold=(0.9, 1.5, 1.0)), "floor <= ceiling"),
         (lambda P, M, R: two(threshold=(0.9, 1e300)), "at most 3.4e.38"),
@@ -375,3 +378,24 @@ def test_a_threshold_may_have_a_ceiling():
 def test_growths_that_cannot_run_are_refused(make, says):
     with pytest.raises(ValueError, match=says):
         make(fd.plans.Product, fd.plans.Measure, fd.plans.Reduction)
+
+
+def test_a_stage_without_an_evaluation_reads_only_outputs_that_exist():
+    rest = {"evaluate": False, "b": (0.0, 0.5)}
+    plan = Plan((Stage(t=1.0), Stage(t=0.5, **rest)), (1.0, 0.0))
+    assert plan.slots == 1
+    with pytest.raises(ValueError, match="reads one from 2 evaluations before, and 1 came"):
+        Plan((Stage(t=1.0), Stage(t=0.5, evaluate=False, b=(0.0, 0.0, 1.0))), (1.0, 0.0))
+
+
+def test_print_shows_products_measures_and_what_the_limit_leaves():
+    lines = str(Plan(GROWN, (1.0, 0.5, 0.25, 0.0))).splitlines()
+    shown = [line.split(maxsplit=2)[-1] for line in lines[2:]]
+    assert "out[w_1 S1] + 0.5 R0 x" in shown[0]
+    assert shown[0].endswith("S1 = (dot(out_1, xi) / norm(y))^2")
+    assert lines[3].strip() == "x' = x + 0.2 R1 R3"
+    assert lines[4].strip() == "e' = x + 0.5 S1 h + 0.3 x' + R0 x'"
+    assert "0.2 e + 0.3 clip(out, -1, 1)" in shown[3]
+    assert shown[3].endswith("x' = x + 0.5 h + 0.1 H1 + 0.1 y + R2 (all before) + R2 xi")
+    assert lines[6].strip() == "y = out"
+    assert shown[5].endswith("x' = x + 0.5 h + R2 H2")

@@ -42,7 +42,7 @@ def check_terms(stages: Sequence[Stage], solver: str) -> None:
         for measure in stage.measures:
             constant[measure.into] = all(o[0] in ("xi", "bank") for o in measure.operands)
         for name, column in stage.scalars:
-            if name in ("c", "c_e") and constant[column]:
+            if name in ("c", "c_e") and constant.get(column, False):
                 continue  # it scales a noise, by a number that no cotangent reaches
             raise NotImplementedError(
                 f"transpose: a coefficient that is scaled by measures of the state has no gradient "
