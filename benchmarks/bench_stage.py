@@ -34,8 +34,7 @@ from harness import Record, Timing
 
 from fastdiff import backends
 from fastdiff.backends import Registers
-from fastdiff.plan import Layout, Plan, Stage
-from fastdiff.transpose import Transposed
+from fastdiff.plans import Layout, Plan, Stage, Transposed
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import fastdiff as fd
-from fastdiff.plan import AT_E, EVALUATE, WRITES_E, WRITES_X
+from fastdiff.plans import AT_E, EVALUATE, WRITES_E, WRITES_X
 
 ROOT = Path(__file__).resolve().parent.parent
 Record = dict[str, Any]

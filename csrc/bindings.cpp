@@ -18,9 +18,9 @@ public:
     Stage(int state, int network, int64_t batch, int64_t size, uintptr_t x, uintptr_t e,
           uintptr_t history, int64_t slots, uintptr_t m, int64_t copies,
           const std::vector<uintptr_t>& extras, uintptr_t seeds, uintptr_t table, int64_t rows,
-          int64_t width, int terms, int branches, uintptr_t stage_index)
+          int64_t width, int terms, int branches, int extra_terms, uintptr_t stage_index)
         : args_(stage_args(state, network, batch, size, x, e, history, slots, m, copies, extras,
-                           seeds, table, rows, width, terms, branches, stage_index)) {}
+                           seeds, table, rows, width, terms, branches, extra_terms, stage_index)) {}
 
     // `out` 0: no network output; `xi` 0: the row draws its own noise.
     void run(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
@@ -76,11 +76,11 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Stage>(module, "Stage")
         .def(py::init<int, int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
                       uintptr_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, uintptr_t,
-                      int64_t, int64_t, int, int, uintptr_t>(),
+                      int64_t, int64_t, int, int, int, uintptr_t>(),
              py::kw_only(), py::arg("state"), py::arg("network"), py::arg("batch"), py::arg("size"),
              py::arg("x"), py::arg("e"), py::arg("history"), py::arg("slots"), py::arg("m"),
              py::arg("copies"), py::arg("extras"), py::arg("seeds"), py::arg("table"),
-             py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"),
+             py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"), py::arg("extra_terms"),
              py::arg("stage_index"))
         .def("run", &Stage::run, "run(row, out, out_dtype, out_stride, xi, threads)");
 

@@ -83,10 +83,11 @@ inline StageArgs stage_args(int state, int network, int64_t batch, int64_t size,
                             uintptr_t e, uintptr_t history, int64_t slots, uintptr_t m,
                             int64_t copies, const std::vector<uintptr_t>& extras, uintptr_t seeds,
                             uintptr_t table, int64_t rows, int64_t width, int terms, int branches,
-                            uintptr_t stage_index) {
+                            int extra_terms, uintptr_t stage_index) {
     StageArgs args{};
     const int count = static_cast<int>(extras.size());
-    if (terms > kMaxTerms || branches > kMaxBranches || count > kMaxExtras) {
+    if (terms > kMaxTerms || branches > kMaxBranches || count > kMaxExtras ||
+        extra_terms > kMaxExtras) {
         PyErr_Format(PyExc_NotImplementedError,
                      "stage: the compiled core takes up to %d history terms, %d branches and "
                      "%d extra registers; got %d, %d and %d. Use backend=\"torch\".",
@@ -114,7 +115,8 @@ inline StageArgs stage_args(int state, int network, int64_t batch, int64_t size,
     args.stage_index = pointer<const int64_t>(stage_index);
     args.terms = terms;
     args.branches = branches;
-    args.extras = count;
+    args.extras = extra_terms;
+    args.entries = count;
     const bool sizes = batch >= 0 && size >= 0 && slots >= 0 && copies >= 0 && rows >= 0;
     if (!sizes || terms < 0 || branches < 1 || width != row_width(args) ||
         (table == 0 && rows > 0) || (x == 0 && batch * size > 0)) {

@@ -41,11 +41,11 @@ public:
     Stage(int state, int network, int64_t batch, int64_t size, uintptr_t x, uintptr_t e,
           uintptr_t history, int64_t slots, uintptr_t m, int64_t copies,
           const std::vector<uintptr_t>& extras, uintptr_t seeds, uintptr_t table, int64_t rows,
-          int64_t width, int terms, int branches, uintptr_t stage_index, uintptr_t row_index,
+          int64_t width, int terms, int branches, int extra_terms, uintptr_t stage_index, uintptr_t row_index,
           uintptr_t fault, uintptr_t scale, int device)
         : device_(device) {
         launch_.args = stage_args(state, network, batch, size, x, e, history, slots, m, copies,
-                                  extras, seeds, table, rows, width, terms, branches, stage_index);
+                                  extras, seeds, table, rows, width, terms, branches, extra_terms, stage_index);
         launch_.row_index = pointer<const int64_t>(row_index);
         launch_.fault = pointer<int64_t>(fault);
         launch_.scale = pointer<void>(scale);
@@ -233,12 +233,12 @@ PYBIND11_MODULE(_cuda, module) {
     py::class_<Stage>(module, "Stage", py::module_local())
         .def(py::init<int, int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
                       uintptr_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, uintptr_t,
-                      int64_t, int64_t, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
+                      int64_t, int64_t, int, int, int, uintptr_t, uintptr_t, uintptr_t, uintptr_t,
                       int>(),
              py::kw_only(), py::arg("state"), py::arg("network"), py::arg("batch"), py::arg("size"),
              py::arg("x"), py::arg("e"), py::arg("history"), py::arg("slots"), py::arg("m"),
              py::arg("copies"), py::arg("extras"), py::arg("seeds"), py::arg("table"),
-             py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"),
+             py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"), py::arg("extra_terms"),
              py::arg("stage_index"), py::arg("row_index"), py::arg("fault"), py::arg("scale"),
              py::arg("device"))
         .def("check_table", &Stage::check_table, "check_table(host): the host's copy of the table")

@@ -14,7 +14,8 @@ namespace fastdiff::cuda {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int64_t kChunk = 256;  // quads of one sample that a warp takes at a time
-constexpr int kMaxWidth = kHeadColumns + 3 * kMaxTerms + kMaxBranches + 2 * kMaxExtras;
+constexpr int kMaxWidth = kHeadColumns + kTermColumns * kMaxTerms + kBranchColumns * kMaxBranches +
+                          kExtraColumns * kMaxExtras;
 
 // Keeps what follows from being moved before a loop: the row's coefficients are read from shared
 // memory in each turn, where registers for all of them would halve the threads at work.

@@ -17,24 +17,30 @@
 namespace fastdiff {
 
 // Raised whenever the columns, the flags or a signature of the compiled core change.
-constexpr int kAbi = 4;
+constexpr int kAbi = 5;
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;
 
-// Bits of the flags column, as in fastdiff.plan.
+// Bits of the flags column, as in fastdiff/plans/layout.py.
 enum Flag : int32_t {
-    kEvaluate = 1, kAtE = 2, kWritesE = 4, kWritesX = 8, kClip = 16, kThreshold = 32
+    kEvaluate = 1, kAtE = 2, kWritesE = 4, kWritesX = 8, kClip = 16, kThreshold = 32, kWritesM = 64
 };
-constexpr int32_t kAllFlags = 63;
+constexpr int32_t kAllFlags = 127;
 
-// Columns of the fixed head of a row, as in fastdiff.plan.Layout.HEAD.
+// Columns of the fixed head of a row, as in fastdiff/plans/layout.py.
 enum Column : int {
-    kFlagsColumn, kPushColumn, kDrawsColumn, kStream1Column, kStream2Column, kPColumn,
-    kClipLoColumn, kClipHiColumn, kAxColumn, kAeColumn, kB0Column, kCColumn, kDxColumn,
-    kDeColumn, kG0Column, kCeColumn, kXi1Column, kXi2Column, kCInNextColumn, kNTermsColumn,
-    kPushXColumn, kHeadColumns
+    kFlagsColumn, kPushColumn, kPushXColumn, kDrawsColumn, kStream1Column, kStream2Column,
+    kNTermsColumn, kNExtrasColumn, kNProductsColumn, kNMeasuresColumn,
+    kPColumn, kUColumn, kVColumn, kLoColumn, kHiColumn, kQuantileColumn, kFloorColumn,
+    kCeilingColumn, kAxColumn, kAeColumn, kB0Column, kBRawColumn, kCColumn,
+    kDxColumn, kDeColumn, kDNewColumn, kG0Column, kGRawColumn, kCeColumn,
+    kXi1Column, kXi2Column, kCInNextColumn,
+    kScalarBColumn, kScalarGColumn, kScalarCColumn, kScalarCeColumn, kHeadColumns
 };
+// Columns of one entry of the groups after the head.
+constexpr int kTermColumns = 3, kBranchColumns = 2, kExtraColumns = 3, kProductColumns = 5,
+              kMeasureColumns = 16;
 
 constexpr int kMaxTerms = 64, kMaxBranches = 16, kMaxExtras = 16, kMaxDraws = 2;
 
@@ -75,11 +81,13 @@ struct StageArgs {
     int64_t batch, size;          // samples, elements of each
     int64_t rows, slots, copies, out_stride;
     int32_t terms, branches, extras;  // layout
+    int32_t entries;                  // extra registers
     int32_t state, network, out_dtype;  // Dtype of x; of m; of out
 };
 
 FASTDIFF_HD int64_t row_width(const StageArgs& a) {
-    return kHeadColumns + 3 * static_cast<int64_t>(a.terms) + a.branches + 2 * a.extras;
+    return kHeadColumns + kTermColumns * static_cast<int64_t>(a.terms) +
+           kBranchColumns * a.branches + kExtraColumns * a.extras;
 }
 
 enum Reads : int32_t { kReadsX = 1, kReadsE = 2, kReadsH = 4, kReadsXi = 8 };
@@ -117,13 +125,14 @@ FASTDIFF_HD bool is_index(double value, double lo, double hi) {
 template <class T>
 FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     const double* terms = v + kHeadColumns;
-    const double* weights = terms + 3 * a.terms;
-    const double* extras = weights + a.branches;
+    const double* weights = terms + kTermColumns * a.terms;
+    const double* extras = weights + kBranchColumns * a.branches;
     if (!is_index(v[kFlagsColumn], 0, kAllFlags)) return kBadFlags;
     if (!is_index(v[kPushColumn], -1, static_cast<double>(a.slots) - 1)) return kBadSlot;
     if (!is_index(v[kPushXColumn], -1, static_cast<double>(a.slots) - 1)) return kBadSlot;
     if (!is_index(v[kDrawsColumn], 0, kMaxDraws)) return kBadCount;
     if (!is_index(v[kNTermsColumn], 0, a.terms)) return kBadCount;
+    if (!is_index(v[kNExtrasColumn], 0, a.extras)) return kBadCount;
     const int32_t flags = static_cast<int32_t>(v[kFlagsColumn]);
     const bool evaluates = flags & kEvaluate;
     row.flags = evaluates ? flags : flags & ~kThreshold;  // without h there is nothing to limit
@@ -140,21 +149,22 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
     row.e_reads = writes_e ? reads(kDxColumn, kDeColumn, kG0Column, kCeColumn) : 0;
     const int32_t either = row.x_reads | row.e_reads;
     if (!evaluates && ((either & kReadsH) || row.push >= 0)) return kNoH;
-    row.writes_m = a.m != nullptr && v[kCInNextColumn] != 0;
+    row.writes_m = a.m != nullptr && (flags & kWritesM);
     const bool reads_point = evaluates && v[kPColumn] != 0;
     row.loads_x = (either & kReadsX) || (reads_point && !(flags & kAtE)) ||
-                  (row.writes_m && !writes_x && !writes_e);
+                  (row.writes_m && v[kCInNextColumn] != 0 && !writes_x && !writes_e);
     row.loads_e = (either & kReadsE) || (reads_point && (flags & kAtE));
     if ((row.loads_e || writes_e) && a.e == nullptr) return kNoE;
 
     row.p = reads_point ? static_cast<T>(v[kPColumn]) : T(0);
-    row.lo = static_cast<T>(v[kClipLoColumn]);
-    row.hi = static_cast<T>(v[kClipHiColumn]);
-    row.quantile = v[kClipLoColumn];
-    row.floor = v[kClipHiColumn];
+    row.lo = static_cast<T>(v[kLoColumn]);
+    row.hi = static_cast<T>(v[kHiColumn]);
+    row.quantile = v[kQuantileColumn];
+    row.floor = v[kFloorColumn];
     if (flags & kThreshold) {
-        const bool legal = row.quantile > 0 && row.quantile <= 1 && row.hi > 0 &&
-                           row.hi - row.hi == 0;  // finite in the arithmetic type
+        const T floor = static_cast<T>(row.floor);
+        const bool legal = row.quantile > 0 && row.quantile <= 1 && floor > 0 &&
+                           floor - floor == 0;  // finite in the arithmetic type
         if (!legal || (flags & kClip)) return kBadThreshold;
     }
     row.a_x = static_cast<T>(v[kAxColumn]);
@@ -169,14 +179,14 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
 
     row.branches = 0;
     for (int g = 0; evaluates && g < a.branches; ++g) {
-        if (weights[g] == 0) continue;
+        if (weights[kBranchColumns * g] == 0) continue;
         if (a.out == nullptr) return kNoOut;
-        row.k[row.branches] = static_cast<T>(weights[g]);
+        row.k[row.branches] = static_cast<T>(weights[kBranchColumns * g]);
         row.branch[row.branches++] = g;
     }
     row.terms = 0;
     const int n_terms = static_cast<int>(v[kNTermsColumn]);
-    for (int j = 0; j < n_terms; ++j, terms += 3) {
+    for (int j = 0; j < n_terms; ++j, terms += kTermColumns) {
         const double b = writes_x ? terms[1] : 0, g = writes_e ? terms[2] : 0;
         if (b == 0 && g == 0) continue;
         if (!is_index(terms[0], 0, static_cast<double>(a.slots) - 1)) return kBadSlot;
@@ -184,10 +194,13 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, Row<T>& row) {
                                  static_cast<int32_t>(terms[0])};
     }
     row.extras = 0;
-    for (int i = 0; i < a.extras; ++i) {
-        const double r = writes_x ? extras[2 * i] : 0, s = writes_e ? extras[2 * i + 1] : 0;
+    const int n_extras = static_cast<int>(v[kNExtrasColumn]);
+    for (int i = 0; i < n_extras; ++i, extras += kExtraColumns) {
+        const double r = writes_x ? extras[1] : 0, s = writes_e ? extras[2] : 0;
         if (r == 0 && s == 0) continue;
-        row.extra[row.extras++] = {static_cast<T>(r), static_cast<T>(s), i};
+        if (!is_index(extras[0], 0, a.entries - 1)) return kBadSlot;
+        row.extra[row.extras++] = {static_cast<T>(r), static_cast<T>(s),
+                                   static_cast<int32_t>(extras[0])};
     }
 
     row.draws = 0;
@@ -314,7 +327,7 @@ FASTDIFF_HD void update(const Row<T>& row, const IO& io) {
         } else if (row.flags & kWritesX) {
             x = x_next;
         }
-        io.put_m(io.mul(row.c_in, x));
+        io.put_m(row.c_in != T(0) ? io.mul(row.c_in, x) : io.zero());
     }
 }
 

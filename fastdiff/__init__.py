@@ -19,7 +19,7 @@ from .batcher import Batcher
 from .gradients import AdjointDEIS, Discrete
 from .graphs import Graph
 from .guidance import CFG, PerStage
-from .plan import Plan, Stage
+from .plans import Plan, Stage
 from .sampler import Sampler, sample
 from .solvers import plan
 

@@ -20,7 +20,7 @@ from . import backends, noise
 from .backends.base import Registers
 from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, flatten, ordered, rebuild
 from .guidance import CFG, arguments_of, batched, check_batch, varies
-from .plan import Plan
+from .plans import PackedRow, Plan, encode
 from .sampler import (
     Network,
     Seeds,
@@ -28,7 +28,6 @@ from .sampler import (
     check_prediction,
     graph_of,
     network_dtype,
-    nowhere,
     output_problem,
     write_table,
 )
@@ -154,8 +153,7 @@ class Batcher:
             )
             tables, times, following, self._first = [], [0.0], [0], []
             # row 0 does nothing, and is where a place without a sample stands
-            tables.append(torch.zeros((1, layout.width), dtype=torch.float64))
-            tables[0][:, nowhere(layout)] = -1
+            tables.append(torch.from_numpy(encode([PackedRow()], layout)))
             for plan in plans:
                 stages, begin = len(plan.stages), len(times)
                 table = torch.zeros((stages + 1, layout.width), dtype=torch.float64)

@@ -24,11 +24,22 @@ from .backends.base import Registers
 from .backends.torch import threshold as threshold_of
 from .graphs import Captures, Entry, flatten, rebuild
 from .guidance import CFG, PerStage, arguments_of, at_stage, varies
-from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
+from .plans import (
+    AT_E,
+    EVALUATE,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    PackedRow,
+    Plan,
+    Transposed,
+    alternates,
+    encode,
+)
 from .schedules import Array, Schedule
 from .solvers import DPMSolverMultistep, Row, Rows
 from .solvers.exponential import adams, lagrange, phi, transfer
-from .transpose import Transposed, alternates
 
 THRESHOLDS = ("exact", "straight-through")
 _BOUND = 4  # backward tables that a sampler keeps bound
@@ -607,25 +618,20 @@ class _Undone:
 
     def __init__(self, sweep: _Sweep, x: torch.Tensor, e: torch.Tensor) -> None:
         self._trace = trace = sweep.trace
-        layout = Layout(0, 1 if trace.guidance is None else trace.guidance.branches)
-        at = {name: i for i, name in enumerate(layout.columns)}
-        stages, table = trace.plan.stages, torch.zeros((len(trace.plan.stages), layout.width))
-        table = table.double()
-        table[:, [at["push"], at["push_x"]]] = -1
-        for i, (row, stage) in enumerate(zip(table, stages, strict=True)):
-            row[at["p"]] = stage.p
-            weights = (1.0, 1.0) if layout.branches > 1 else (1.0,)
-            row[layout.branch_offset :] = stage.q * torch.tensor(weights, dtype=torch.float64)
+        branches = 1 if trace.guidance is None else trace.guidance.branches
+        layout, rows = Layout(0, branches), []
+        for i, stage in enumerate(trace.plan.stages):
+            row = PackedRow(p=stage.p, k=(stage.q,) * branches)
             if _at_e(trace.plan, i):  # it moved x
-                row[at["flags"]] = EVALUATE + AT_E + WRITES_X
-                row[at["a_x"]] = 1.0 / stage.a_x
-                row[at["a_e"]] = -stage.a_e / stage.a_x
-                row[at["b_0"]] = -sum(stage.b) / stage.a_x
+                row.flags = EVALUATE + AT_E + WRITES_X
+                row.a_x, row.a_e = 1.0 / stage.a_x, -stage.a_e / stage.a_x
+                row.b_0 = -sum(stage.b) / stage.a_x
             elif i > 0:
-                row[at["flags"]] = EVALUATE + WRITES_E
-                row[at["d_e"]] = 1.0 / stage.d_e
-                row[at["d_x"]] = -stage.d_x / stage.d_e
-                row[at["g_0"]] = -sum(stage.g) / stage.d_e
+                row.flags = EVALUATE + WRITES_E
+                row.d_e, row.d_x = 1.0 / stage.d_e, -stage.d_x / stage.d_e
+                row.g_0 = -sum(stage.g) / stage.d_e
+            rows.append(row)
+        table = torch.from_numpy(encode(rows, layout))
         self._registers = Registers(x=x.clone(), e=e.clone())
         serving = backends.choose(trace.sampler._backend, x.dtype, x.dtype, x.device)
         self._run = serving.bind(self._registers, table, layout)
@@ -838,7 +844,9 @@ def differentiable(
             own = [t.detach().clone().requires_grad_(t.requires_grad) for t in held]
             registers = [
                 register.requires_grad_(False).detach().requires_grad_(t.requires_grad)
-                for register, t in zip(run.registers.extras, extras, strict=True)
+                for register, t in zip(
+                    () if run.registers.bank is None else run.registers.bank, extras, strict=True
+                )
             ]
         static = rebuild(cond, iter(own))
         trace = Trace(*given, static, (*params, *own, *registers), len(extras), x.detach(), fill)
@@ -1207,22 +1215,22 @@ def _published(
 
     def rows(branches: int) -> tuple[torch.Tensor, Layout]:
         layout = Layout(1, branches)
-        at = {name: i for i, name in enumerate(layout.columns)}
-        table = torch.zeros((count + 1, layout.width), dtype=torch.float64)
-        table[:, [at["push"], at["push_x"], at["slot_0"]]] = -1
-        table[0, at["c_in_next"]] = p_q[0][1]
+        c_in = [float(schedule.c_in(float(t), plan.prediction)) for t in times]
+        made = [PackedRow(flags=WRITES_M, c_in_next=p_q[0][1])]
         for n in range(count):
-            row = table[n + 1]
-            row[at["flags"]], row[at["push"]] = EVALUATE + WRITES_X, 0
-            row[at["p"]], row[at["a_x"]] = p_q[n][0], scale[n] / scale[n + 1]
-            row[at["b_0"]] = (w_1[n] + g[n]) * scale[n] ** 2 / scale[n + 1]
+            row = PackedRow(
+                flags=EVALUATE + WRITES_X + WRITES_M,
+                push=0,
+                p=p_q[n][0],
+                a_x=scale[n] / scale[n + 1],
+                b_0=(w_1[n] + g[n]) * scale[n] ** 2 / scale[n + 1],
+                k=(c_in[n],) * branches,
+                c_in_next=p_q[n + 1][1],
+            )
             if g[n]:
-                row[at["n_terms"]], row[at["slot_0"]] = 1, 0
-                row[at["past_b_0"]] = -g[n] * scale[n - 1] ** 2 / scale[n + 1]
-            c_in = float(schedule.c_in(float(times[n]), plan.prediction))
-            row[layout.branch_offset : layout.extra_offset] = c_in
-            row[at["c_in_next"]] = p_q[n + 1][1]
-        return table, layout
+                row.terms = ((0, -g[n] * scale[n - 1] ** 2 / scale[n + 1], 0.0),)
+            made.append(row)
+        return torch.from_numpy(encode(made, layout)), layout
 
     registers, run = sweep.bound(f"published {order} {own.handle}", rows, 1)
     m = registers.m

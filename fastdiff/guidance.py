@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from .plan import Plan
-from .schedules import Array
+from .plans import PackedRow, Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,22 +78,19 @@ class CFG:
         """Whether each sample has its own scale."""
         return isinstance(self.scale, torch.Tensor)
 
-    def table(self, plan: Plan, batch: int) -> Array:
-        """The packed table with guidance weights in it.
+    def rows(self, plan: Plan, batch: int) -> list[PackedRow]:
+        """The plan's packed rows with guidance weights in them.
 
         Returns:
-            float64 [S, width], or [S * batch, width] (row s * batch + b for sample b) where the
-            scale is per sample.
+            S rows, or S * batch (row s * batch + b for sample b) where the scale is per sample.
         """
         if self.branches == 1:
-            return plan.pack()
+            return plan.rows()
         stages = len(plan.stages)
-        table = plan.pack((1.0, 1.0))
-        first = table.shape[1] - 2 * plan.extras - 2
+        repeats, scale = 1, np.full(stages, self.scale if isinstance(self.scale, float) else 0.0)
         if isinstance(self.scale, torch.Tensor):
             self.check_samples(batch)
-            table = np.repeat(table, batch, axis=0)
-            scale = np.tile(self.scale.numpy(), stages)
+            repeats, scale = batch, np.tile(self.scale.numpy(), stages)
         elif isinstance(self.scale, tuple):
             if len(self.scale) != stages:
                 raise ValueError(
@@ -102,11 +98,11 @@ class CFG:
                     f"{len(self.scale)}. One a sample is a tensor."
                 )
             scale = np.array(self.scale)
-        else:
-            scale = np.full(stages, self.scale)
-        table[:, first] *= 1.0 - scale
-        table[:, first + 1] *= scale
-        return table
+        each = [row for row in plan.rows() for _ in range(repeats)]
+        return [
+            replace(row, k=(row.k[0] * (1.0 - w), row.k[0] * w))
+            for row, w in zip(each, scale.tolist(), strict=True)
+        ]
 
     def check_samples(self, batch: int) -> None:
         """Raises a ValueError unless a scale per sample has `batch` of them."""

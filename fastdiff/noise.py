@@ -27,10 +27,10 @@ import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from .plans import Plan
 
 # The compiled core's, in csrc/stage.h: an editable tree keeps an old one until it is rebuilt.
-ABI = 4
+ABI = 5
 
 native: Any = None
 missing: str | None = None

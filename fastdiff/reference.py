@@ -15,7 +15,7 @@ import torch
 from . import noise
 from .backends.torch import threshold
 from .guidance import CFG, at_stage, batched
-from .plan import Plan, Stage
+from .plans import Plan, Stage
 
 Constants = tuple[int, tuple[tuple[Any, ...], ...]]
 Normal = Callable[[torch.Tensor, int, Sequence[int], torch.dtype], torch.Tensor]

@@ -39,7 +39,7 @@ from .guidance import (
     check_stages,
     varies,
 )
-from .plan import AT_E, Layout, Plan
+from .plans import AT_E, WRITES_M, Layout, PackedRow, Plan, encode
 from .schedules import prediction_name
 
 Network = Callable[..., torch.Tensor]
@@ -514,7 +514,7 @@ class Sampler:
                 e=e,
                 history=like((slots, *shape)),
                 m=m,
-                extras=tuple(like(shape) for _ in range(plan.extras)),
+                bank=like((plan.extras, *shape)) if plan.extras else None,
                 seeds=torch.empty(batch, dtype=torch.int64, device=device),
             )
             index = torch.arange(batch, device=device) if per_sample else None
@@ -575,7 +575,8 @@ class Sampler:
             elif seed.dtype != torch.int64 or seed.shape != (batch,):
                 noise.seeds_tensor(seed, batch)  # raises
             registers.seeds[:batch].copy_(seed, non_blocking=True)  # type: ignore[index]
-        for i, (register, given) in enumerate(zip(registers.extras, extras, strict=True)):
+        bank = () if registers.bank is None else registers.bank
+        for i, (register, given) in enumerate(zip(bank, extras, strict=True)):
             try:
                 register[:batch].copy_(torch.as_tensor(given).expand(x.shape))
             except (RuntimeError, TypeError):
@@ -930,21 +931,11 @@ def write_table(
 
     That row writes `m = c_in x` and nothing else; the rows after it do nothing.
     """
-    own = replace(plan.layout, branches=layout.branches)
-    rows = torch.from_numpy((guidance or CFG()).padded(batch).table(plan, batch))
+    rows = (guidance or CFG()).padded(batch).rows(plan, batch)
     stride = len(rows) // len(plan.stages)
-    table.zero_()
-    table[:, nowhere(layout)] = -1
-    count = len(rows)
-    table[:count, : own.branch_offset] = rows[:, : own.branch_offset]
-    table[:count, layout.branch_offset :] = rows[:, own.branch_offset :]
-    table[count : count + stride, layout.columns.index("c_in_next")] = plan.stages[0].c_in
-
-
-def nowhere(layout: Layout) -> list[int]:
-    """Columns that name a slot or, as -1, none."""
-    pushes = [layout.columns.index(name) for name in ("push", "push_x")]
-    return [*pushes, *range(layout.term_offset, layout.branch_offset, 3)]
+    first = PackedRow(flags=WRITES_M, c_in_next=plan.stages[0].c_in)
+    idle = [PackedRow()] * (len(table) - len(rows) - stride)
+    table.copy_(torch.from_numpy(encode([*rows, *[first] * stride, *idle], layout)))
 
 
 def _write_times(times: torch.Tensor, plan: Plan) -> None:

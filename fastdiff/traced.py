@@ -17,7 +17,7 @@ import torch
 
 from . import reference
 from .guidance import CFG
-from .plan import Plan, plan_of
+from .plans import Plan, plan_of
 
 _library = torch.library.Library("fastdiff", "DEF")
 _library.define("normal(Tensor seeds, int stream, SymInt[] shape, ScalarType dtype) -> Tensor")

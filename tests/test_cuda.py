@@ -24,7 +24,7 @@ import torch
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, WHY_NOT = noise.cuda_core()

@@ -141,11 +141,9 @@ def test_a_backward_step_is_one_stage(net, monkeypatch):
 def test_the_table_is_printed_and_says_its_registers():
     transposed = plan_of("deis-3").transpose()
     assert transposed.slots == 1
-    assert len(transposed.table) == 7
+    assert transposed.pack(1).shape == (7, transposed.layout.width)
     assert "deis-3 transposed" in str(transposed)
     assert plan_of("ddim").transpose().slots == 0
-    with pytest.raises(ValueError, match="read-only"):
-        transposed.table[0, 0] = 1.0
 
 
 def test_an_e_without_end_is_refused(net):
@@ -579,7 +577,7 @@ def test_a_run_that_is_undone_keeps_no_states():
     def most(steps):
         torch.manual_seed(0)
         plan = fd.plan(VP, "rex-1", steps, prediction="v", t_max=0.9, t_min=0.05)
-        x = torch.randn(16, 64, requires_grad=True)
+        x = torch.randn(32, 64, requires_grad=True)
         sampler = fd.Sampler(Wide(), plan, gradient=fd.Discrete(undo=True))
         gc.collect()
         with Peak() as peak:
@@ -587,7 +585,7 @@ def test_a_run_that_is_undone_keeps_no_states():
         return peak.most
 
     # tables and times: less than a quarter of a state for each of the 180 stages
-    assert most(100) - most(10) < 180 * 16 * 64 * 4 / 4
+    assert most(100) - most(10) < 180 * 32 * 64 * 4 / 4
 
 
 @pytest.mark.parametrize(("gradient", "calls"), [("discrete", 2), (fd.Discrete(checkpoint=3), 3)])

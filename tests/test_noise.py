@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import noise
-from fastdiff.plan import Plan, Stage
+from fastdiff.plans import Plan, Stage
 
 native = noise.native
 needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")

@@ -127,5 +127,6 @@ def test_published_integrals_differ_from_the_exact_ones():
     # were `published` ignored, both cases of a grid could not pass
     exact = fd.plan(VP, "deis-4", 6, grid="uniform")
     riemann = fd.plan(VP, "deis-4", 6, grid="uniform", published=True)
-    change = np.abs(np.subtract(exact.table, riemann.table)).max()
+    pairs = zip(exact.stages, riemann.stages, strict=True)
+    change = max(np.abs(np.subtract(a.b, b.b)).max() for a, b in pairs)
     assert 1e-6 < change < 1e-3

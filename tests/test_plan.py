@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import fastdiff as fd
-from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Plan, Stage
+from fastdiff.plans import (
+    AT_E,
+    CLIP,
+    EVALUATE,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Plan,
+    Stage,
+)
 
 VP = fd.schedules.VPLinear()
 ALL = [
@@ -57,23 +67,23 @@ def test_table_holds_what_the_rows_say():
     for i, stage in enumerate(plan.stages):
         row = plan.table[i]
         flags = int(row[columns["flags"]])
-        assert flags == EVALUATE + WRITES_X + CLIP
+        assert flags == EVALUATE + WRITES_X + CLIP + WRITES_M * (i < len(plan.stages) - 1)
         for name in ("p", "a_x", "c", "d_x"):
             assert row[columns[name]] == getattr(stage, name)
         assert row[columns["b_0"]] == stage.b[0]
-        assert (row[columns["clip_lo"]], row[columns["clip_hi"]]) == (-2.0, 1.0)
+        assert (row[columns["lo"]], row[columns["hi"]]) == (-2.0, 1.0)
         assert row[columns["k_0"]] == stage.q
         assert int(row[columns["n_terms"]]) == len(stage.b) - 1
-    assert plan.pack((0.25, 0.75)).shape[1] == plan.layout.width + 1
+    assert plan.pack((0.25, 0.75)).shape[1] == plan.layout.width + 2
 
 
-def test_a_threshold_stands_in_the_columns_of_the_clip():
+def test_a_threshold_stands_in_columns_of_its_own():
     plan = fd.plan(VP, "dpmpp-2m", 3, threshold=(0.9, 1.5))
     columns = plan.layout.columns
     for stage, row in zip(plan.stages, plan.table, strict=True):
         assert stage.threshold == (0.9, 1.5)
-        assert int(row[0]) == EVALUATE + WRITES_X + THRESHOLD
-        assert (row[columns.index("clip_lo")], row[columns.index("clip_hi")]) == (0.9, 1.5)
+        assert int(row[0]) & ~WRITES_M == EVALUATE + WRITES_X + THRESHOLD
+        assert (row[columns.index("quantile")], row[columns.index("floor")]) == (0.9, 1.5)
     assert json.loads(plan.to_json())["stages"][0]["threshold"] == [0.9, 1.5]
     assert "threshold" not in fd.plan(VP, "dpmpp-2m", 3).to_json()
     assert str(plan).count("threshold(") == 3
@@ -85,7 +95,8 @@ def test_a_threshold_stands_in_the_columns_of_the_clip():
 def test_flags_follow_from_the_coefficients():
     plan = fd.plan(VP, "deis-heun", 2)
     flags = plan.table[:, 0].astype(int).tolist()
-    assert flags == [EVALUATE + WRITES_E, EVALUATE + AT_E + WRITES_X] * 2
+    first, second = EVALUATE + WRITES_E + WRITES_M, EVALUATE + AT_E + WRITES_X
+    assert flags == [first, second + WRITES_M, first, second]
 
 
 @pytest.mark.parametrize("plan", ALL, ids=lambda p: p.solver)
@@ -276,4 +287,4 @@ def test_a_path_that_cannot_be_written_is_named(path, tmp_path):
 def test_weights_of_branches_are_folded_into_the_table():
     plan = fd.plan(VP, "ddim", 2)
     packed = plan.pack((-1.0, 2.0))
-    np.testing.assert_array_equal(packed[:, -2:], [[-1.0, 2.0]] * 2)
+    np.testing.assert_array_equal(packed[:, -4::2], [[-1.0, 2.0]] * 2)

@@ -14,7 +14,7 @@ import torch
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cpu as cpu_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
 native = noise.native
 needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")

@@ -24,7 +24,7 @@ import fastdiff as fd
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import triton as backend_module
-from fastdiff.plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend is: it binds registers and a packed table once, then runs stages.
 
-The row's formulas stand in `fastdiff.plan`. They are elementwise but for one: a row with the
-THRESHOLD flag (quantile and floor in clip_lo and clip_hi) needs of each sample
+The row's formulas stand in `fastdiff.plans.plan`. They are elementwise but for one: a row with the
+THRESHOLD flag needs of each sample
 
     s = max(quantile of |h|, floor),    h <- clip(h, -s, s) / s
 
@@ -20,7 +20,7 @@ from typing import Protocol
 
 import torch
 
-from ..plan import Layout
+from ..plans import Layout
 
 RunStage = Callable[[int, torch.Tensor | None, torch.Tensor | None], None]
 
@@ -36,7 +36,7 @@ class Registers:
         history: Slots of earlier h, [slots, B, ...], the state's dtype. May hold anything at first.
         m: The network's next input, [copies * B, ...], the network's dtype: each stage writes
             c_in_next * point once per copy. None where the network is given x or e itself.
-        extras: Read-only input registers, each like x.
+        bank: Read-only input registers, [K, B, ...], the state's dtype; rows name them by number.
         seeds: One 64-bit seed a sample as int64 bit patterns, [B]; None for plans without noise.
     """
 
@@ -44,7 +44,7 @@ class Registers:
     e: torch.Tensor | None = None
     history: torch.Tensor | None = None
     m: torch.Tensor | None = None
-    extras: tuple[torch.Tensor, ...] = ()
+    bank: torch.Tensor | None = None
     seeds: torch.Tensor | None = None
 
 

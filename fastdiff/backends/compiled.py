@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..plan import Layout
+from ..plans import Layout
 from .base import Registers
 
 # The core's Dtype, csrc/stage.h.
@@ -93,17 +93,13 @@ def stage_arguments(
             raise TypeError(f"{who} backend: m is in {dtype_names(CODES)}; got {m.dtype}.")
         copies = m.shape[0] // batch if batch else 1
         checks.append(("m", m, m.dtype, (copies * batch, *shape[1:])))
-    checks += [(f"extras[{i}]", r, state, shape) for i, r in enumerate(registers.extras)]
+    entries = 0 if registers.bank is None else registers.bank.shape[0]
+    checks.append(("bank", registers.bank, state, (entries, *shape)))
     checks.append(("seeds", registers.seeds, torch.int64, (batch,)))
     checks.append(("stage_index", stage_index, torch.int64, (batch,)))
     for name, tensor, dtype, wanted in checks:
         check_tensor(who, name, tensor, dtype, tuple(wanted), device)
     check_tensor(who, "table", table, torch.float64, (table.shape[0], layout.width), table.device)
-    if len(registers.extras) != layout.extras:
-        raise ValueError(
-            f"{who} backend: the layout names {layout.extras} extra registers; "
-            f"got {len(registers.extras)}."
-        )
     return {
         "state": CODES[state],
         "network": CODES[state if m is None else m.dtype],
@@ -115,7 +111,8 @@ def stage_arguments(
         "slots": slots,
         "m": address(m),
         "copies": copies,
-        "extras": [extra.data_ptr() for extra in registers.extras],
+        "extras": [] if registers.bank is None else [entry.data_ptr() for entry in registers.bank],
+        "extra_terms": layout.extras,
         "seeds": address(registers.seeds),
         "rows": table.shape[0],
         "width": table.shape[1],

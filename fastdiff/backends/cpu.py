@@ -11,7 +11,7 @@ import torch
 
 from ..noise import missing as why_missing
 from ..noise import native
-from ..plan import Layout
+from ..plans import Layout
 from .base import Registers, RunStage
 from .compiled import CODES, check_tensor, refusal, stage_arguments, wrong_output
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ..noise import cuda_core
-from ..plan import Layout
+from ..plans import Layout
 from .base import Registers, RunStage
 from .compiled import (
     CODES,

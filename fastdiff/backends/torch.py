@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..plan import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout
+from ..plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_M, WRITES_X, Layout
 from .base import Registers, RunStage
 
 
@@ -115,9 +115,9 @@ def stage(
         k = [row[f"k_{g}"] for g in range(layout.branches)]
         h = combine([*k, row["p"]], [*outputs, point])
         if flags & CLIP:
-            h = h.clamp(row["clip_lo"], row["clip_hi"])
+            h = h.clamp(row["lo"], row["hi"])
         if flags & THRESHOLD:
-            h = threshold(h, row["clip_lo"], row["clip_hi"])
+            h = threshold(h, row["quantile"], row["floor"])
     if xi is not None:
         drawn = xi[samples]
     elif row["draws"]:
@@ -138,7 +138,8 @@ def stage(
     terms = range(int(row["n_terms"]))
     history = whole.new_empty(0) if registers.history is None else registers.history
     past = [history[int(row[f"slot_{k}"])][samples] for k in terms]
-    extras = [extra[samples] for extra in registers.extras]
+    entries = [int(row[f"entry_{i}"]) for i in range(int(row["n_extras"]))]
+    extras = [registers.bank[entry][samples] for entry in entries]  # type: ignore[index]
 
     def update(
         x_weight: str, e_weight: str, h_weight: str, past_weight: str, c: str, r: str
@@ -158,7 +159,9 @@ def stage(
         e.copy_(e_next)
     if flags & WRITES_X:
         x.copy_(x_next)
-    if registers.m is not None and row["c_in_next"] != 0.0:
-        m = row["c_in_next"] * (e if flags & WRITES_E else x)
+    if registers.m is not None and flags & WRITES_M:
+        m = torch.zeros_like(x)
+        if row["c_in_next"] != 0.0:
+            m = row["c_in_next"] * (e if flags & WRITES_E else x)
         copies = registers.m.shape[0] // max(whole.shape[0], 1)
         registers.m.reshape(copies, *whole.shape)[:, samples] = m.to(registers.m.dtype)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from .. import grids
 from .._text import shown
-from ..plan import LEAST_FLOOR, Plan
+from ..plans import LEAST_FLOOR, Plan
 from ..schedules import Array, Schedule, prediction_name
 from ..schedules.base import real
 from .rows import Rows

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from .._text import unknown
-from ..plan import Plan
+from ..plans import Plan
 from ..schedules import Schedule
 from .base import Solver
 from .entry import Info

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Stage
+from ..plans import Stage
 from ..schedules import Array, Schedule
 
 Weights = Mapping[int, float]

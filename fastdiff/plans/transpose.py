@@ -19,12 +19,27 @@ sum of a few of those, worked out here.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .plan import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan
+from .layout import (
+    AT_E,
+    EVALUATE,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    PackedRow,
+    encode,
+    layout_of,
+)
+
+if TYPE_CHECKING:
+    from .plan import Plan
 
 # What a sum may hold besides registers: ("x", s) is x_bar_{s+1}, ("v", s) is v_s.
 Atom = tuple[str, int]
@@ -39,29 +54,29 @@ class Transposed:
 
     Attributes:
         plan: The plan.
-        table: float64 [S + 1, width]. Row 0 makes h_bar of the last stage from the cotangent of the
-            result; row i belongs to stage S - i and is run after that stage's VJP.
-        layout: Its columns, for one branch; `pack` makes more.
+        rows: S + 1 rows. Row 0 makes h_bar of the last stage from the cotangent of the result; row
+            i belongs to stage S - i and is run after that stage's VJP.
+        layout: Of their table, for one branch; `pack` makes more.
         slots: History registers that it needs.
         extras: For every stage the weights by which read-only registers are owed: (i, weight, slot)
             adds weight times slot (None: the x_bar that comes in) to the cotangent of register i.
     """
 
     plan: Plan
-    table: NDArray[np.float64]
+    rows: tuple[PackedRow, ...]
     layout: Layout
     slots: int
     extras: tuple[tuple[tuple[int, float, int | None], ...], ...]
 
     def pack(self, branches: int) -> NDArray[np.float64]:
         """The table for G branches, whose m_bar are added: [S + 1, Layout(terms, G).width]."""
-        at = self.layout.branch_offset
-        return np.hstack([self.table[:, :at], np.repeat(self.table[:, at : at + 1], branches, 1)])
+        rows = [dataclasses.replace(row, k=row.k * branches) for row in self.rows]
+        return encode(rows, dataclasses.replace(self.layout, branches=branches))
 
     def __str__(self) -> str:
         names = self.layout.columns
-        lines = [f"{self.plan.solver} transposed  {len(self.table)} rows  {self.slots} slots"]
-        for i, row in enumerate(self.table):
+        lines = [f"{self.plan.solver} transposed  {len(self.rows)} rows  {self.slots} slots"]
+        for i, row in enumerate(self.pack(1)):
             shown = (
                 f"{n}={v:.6g}" for n, v in zip(names, row, strict=True) if v not in (0.0, -1.0)
             )
@@ -138,30 +153,27 @@ def _alternating(plan: Plan) -> Transposed:
     for the next row that writes e.
     """
     stages, count = plan.stages, len(plan.stages)
-    layout = Layout(0)
-    at = {name: i for i, name in enumerate(layout.columns)}
-    table = np.zeros((count + 1, layout.width))
-    table[:, [at["push"], at["push_x"]]] = -1
-    table[0, at["c_in_next"]] = stages[-1].q * _first(stages[-1].b)
+    end = stages[-1].q * _first(stages[-1].b)
+    rows = [PackedRow(flags=WRITES_M, c_in_next=end)]
     factor = 0.0  # what the e register is to be multiplied with: nothing is owed to e at the end
-    for row, i in zip(table[1:], reversed(range(count)), strict=True):
+    for i in reversed(range(count)):
         stage, before = stages[i], stages[i - 1] if i > 0 else None
-        values = {"k_0": stage.c_in}
+        row = PackedRow(k=(stage.c_in,))
         if int(plan.table[i, 0]) & AT_E:  # it moved x
-            values["flags"] = EVALUATE + WRITES_X + WRITES_E
-            values |= {"p": stage.p * _first(stage.b), "a_x": stage.a_x}
-            values |= {"d_x": stage.a_e, "d_e": factor, "g_0": 1.0}
+            row.flags = EVALUATE + WRITES_X + WRITES_E
+            row.p, row.a_x = stage.p * _first(stage.b), stage.a_x
+            row.d_x, row.d_e, row.g_0 = stage.a_e, factor, 1.0
             factor = 1.0
-            values["c_in_next"] = before.q * _first(before.g) if before is not None else 0.0
+            row.c_in_next = before.q * _first(before.g) if before is not None else 0.0
         else:  # it moved e
-            values["flags"] = EVALUATE + AT_E + WRITES_X
-            values |= {"p": factor * stage.p * _first(stage.g), "a_x": 1.0, "b_0": 1.0}
-            values["a_e"] = factor * stage.d_x
+            row.flags = EVALUATE + AT_E + WRITES_X
+            row.p, row.a_x, row.b_0 = factor * stage.p * _first(stage.g), 1.0, 1.0
+            row.a_e = factor * stage.d_x
             factor *= stage.d_e
-            values["c_in_next"] = before.q * _first(before.b) if before is not None else 0.0
-        _put(row, at, values)
-    table.setflags(write=False)
-    return Transposed(plan, table, layout, 0, ((),) * count)
+            row.c_in_next = before.q * _first(before.b) if before is not None else 0.0
+        row.flags += WRITES_M * (before is not None)
+        rows.append(row)
+    return Transposed(plan, tuple(rows), layout_of(rows), 0, ((),) * count)
 
 
 def _first(weights: tuple[float, ...]) -> float:
@@ -228,41 +240,32 @@ def transpose(plan: Plan) -> Transposed:
                 pushed[kind] = slot_of[kind, s] = free.pop()
         slot_of = {a: slot for a, slot in slot_of.items() if last[a] != s}
         pushes.append(pushed)
-    layout = Layout(max(map(len, reads), default=0))
-    at = {name: i for i, name in enumerate(layout.columns)}
-    table = np.zeros((count + 1, layout.width))
-    table[:, [at["push"], at["push_x"]]] = -1
-    table[:, layout.term_offset : layout.branch_offset : 3] = -1
     end = count - 1
-    first = sums.h.get(end, {})
-    _put(table[0], at, {"d_x": first.get(("x", end), 0.0)})
-    table[0, at["flags"]] = WRITES_E * (end in sums.h)
-    table[0, at["c_in_next"]] = stages[end].q if end in sums.h else 0.0
-    for row, s, read, pushed in zip(table[1:], order, reads, pushes, strict=True):
+    first = sums.h.get(end)
+    rows = [PackedRow()]
+    if first is not None:
+        rows[0].flags, rows[0].d_x = WRITES_E + WRITES_M, first.get(("x", end), 0.0)
+        rows[0].c_in_next = stages[end].q
+    for s, read, pushed in zip(order, reads, pushes, strict=True):
         stage, x_row, h_row = stages[s], x_rows[s], h_rows.get(s)
-        flags = WRITES_X + EVALUATE * stage.evaluate + AT_E * stage.evaluate
-        flags += WRITES_E * (h_row is not None)
-        values = {
-            "flags": flags,
-            "push": pushed.get("v", -1),
-            "push_x": pushed.get("x", -1),
-            "p": stage.p if stage.evaluate else 0.0,
-            "a_x": x_row.get(("x", s), 0.0),
-            "b_0": x_row.get(("v", s), 0.0),
-            "n_terms": len(read),
-            "k_0": stage.c_in if stage.evaluate else 0.0,
-        }
+        row = PackedRow(
+            flags=WRITES_X + (EVALUATE + AT_E) * stage.evaluate,
+            push=pushed.get("v", -1),
+            push_x=pushed.get("x", -1),
+            a_x=x_row.get(("x", s), 0.0),
+            b_0=x_row.get(("v", s), 0.0),
+        )
+        if stage.evaluate:
+            row.p, row.k = stage.p, (stage.c_in,)
         if h_row is not None:
-            values["d_x"] = h_row.get(("x", s), 0.0)
-            values["g_0"] = h_row.get(("v", s), 0.0)
-            values["c_in_next"] = stages[s - 1].q
-        for k, (atom, slot) in enumerate(read):
-            values[f"slot_{k}"] = slot
-            values[f"past_b_{k}"] = x_row.get(atom, 0.0)
-            values[f"past_g_{k}"] = (h_row or {}).get(atom, 0.0)
-        _put(row, at, values)
-    table.setflags(write=False)
-    return Transposed(plan, table, layout, slots, tuple(reversed(extras)))
+            row.flags += WRITES_E + WRITES_M
+            row.d_x, row.g_0 = h_row.get(("x", s), 0.0), h_row.get(("v", s), 0.0)
+            row.c_in_next = stages[s - 1].q
+        row.terms = tuple(
+            (slot, x_row.get(atom, 0.0), (h_row or {}).get(atom, 0.0)) for atom, slot in read
+        )
+        rows.append(row)
+    return Transposed(plan, tuple(rows), layout_of(rows), slots, tuple(reversed(extras)))
 
 
 def _owed_to_extras(plan: Plan, sums: _Sums, s: int) -> list[tuple[int, Atom, float]]:
@@ -275,8 +278,3 @@ def _owed_to_extras(plan: Plan, sums: _Sums, s: int) -> list[tuple[int, Atom, fl
         _add(terms, sums.e_next[s], stage.s[i] if i < len(stage.s) else 0.0)
         owed += [(i, atom, weight) for atom, weight in terms.items()]
     return owed
-
-
-def _put(row: NDArray[np.float64], at: dict[str, int], values: dict[str, float]) -> None:
-    for name, value in values.items():
-        row[at[name]] = value

@@ -36,8 +36,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ._text import unknown
-from .schedules import PREDICTIONS
+from .._text import unknown
+from ..schedules import PREDICTIONS
+from .layout import (
+    AT_E,
+    CLIP,
+    EVALUATE,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    PackedRow,
+    encode,
+)
 
 if TYPE_CHECKING:
     from .transpose import Transposed
@@ -45,84 +57,8 @@ if TYPE_CHECKING:
 FORMAT = "fastdiff-plan"
 FORMAT_VERSION = 1
 
-# Bits of the `flags` column.
-EVALUATE = 1  # the network is called, h exists
-AT_E = 2  # the evaluation point is e, not x
-WRITES_E = 4
-WRITES_X = 8
-CLIP = 16
-THRESHOLD = 32  # clip_lo, clip_hi hold the quantile and the floor
-
 LEAST_FLOOR = 2.0**-126  # the least normal float32: a floor is not 0 in any state
 MAX_STREAM = 1 << 24  # streams survive a table packed as float32
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Columns of a packed table row: a fixed head, then terms, branches and extra registers.
-
-    Attributes:
-        terms: History terms (slot, b, g) a row holds; rows with fewer leave the rest at (-1, 0, 0).
-        branches: Network outputs G combined into h; their weights w_g are folded into k_g = q w_g.
-        extras: Read-only input registers, each with its (r, s).
-
-    Every column is a float64; slots, streams and flags are small integers stored exactly.
-    """
-
-    terms: int
-    branches: int = 1
-    extras: int = 0
-
-    HEAD = (
-        "flags",
-        "push",
-        "draws",
-        "stream_1",
-        "stream_2",
-        "p",
-        "clip_lo",
-        "clip_hi",
-        "a_x",
-        "a_e",
-        "b_0",
-        "c",
-        "d_x",
-        "d_e",
-        "g_0",
-        "c_e",
-        "xi_1",
-        "xi_2",
-        "c_in_next",
-        "n_terms",
-        "push_x",
-    )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Names of the columns, in order."""
-        names = list(self.HEAD)
-        for k in range(self.terms):
-            names += [f"slot_{k}", f"past_b_{k}", f"past_g_{k}"]
-        names += [f"k_{g}" for g in range(self.branches)]
-        for i in range(self.extras):
-            names += [f"r_{i}", f"s_{i}"]
-        return tuple(names)
-
-    @property
-    def term_offset(self) -> int:
-        return len(self.HEAD)
-
-    @property
-    def branch_offset(self) -> int:
-        return self.term_offset + 3 * self.terms
-
-    @property
-    def extra_offset(self) -> int:
-        return self.branch_offset + self.branches
-
-    @property
-    def width(self) -> int:
-        return self.extra_offset + 2 * self.extras
 
 
 def _is_number(value: Any) -> bool:
@@ -440,9 +376,9 @@ class Plan:
         layout, flags = self.layout, self.table[:, 0].astype(int)
         return (
             tuple((flags & (EVALUATE + AT_E)).tolist()),
-            (layout.terms, layout.extras, self.slots, self.uses_e),
+            (layout.terms, layout.extras, self.extras, self.slots, self.uses_e),
             any(stage.c_in != 1.0 for stage in self.stages),
-            int(self.table[:, Layout.HEAD.index("draws")].max()),
+            int(self.table[:, layout.column("draws")].max()),
             bool((flags & CLIP).any()),
             bool((flags & THRESHOLD).any()),
         )
@@ -491,7 +427,11 @@ class Plan:
     @property
     def layout(self) -> Layout:
         """Columns of `table`."""
-        return Layout(max(map(len, self._allocation[2])), 1, self.extras)
+        read = (
+            sum(1 for r, s in itertools.zip_longest(stage.r, stage.s, fillvalue=0.0) if r or s)
+            for stage in self.stages
+        )
+        return Layout(max(map(len, self._allocation[2])), 1, max(read))
 
     @functools.cached_property
     def table(self) -> NDArray[np.float64]:
@@ -510,10 +450,16 @@ class Plan:
             float64 [len(stages), width] in the columns of `Layout(layout.terms, G, extras)`.
         """
         layout = dataclasses.replace(self.layout, branches=len(weights))
+        return encode(self.rows(weights), layout)
+
+    def rows(self, weights: Sequence[float] = (1.0,)) -> list[PackedRow]:
+        """The stages as packed rows, with the outputs of G branches weighed by `weights`."""
         _, pushes, reads = self._allocation
-        table = np.zeros((len(self.stages), layout.width))
+        rows = []
         at_e = False
         for i, stage in enumerate(self.stages):
+            later = self.stages[i + 1] if i + 1 < len(self.stages) else None
+            writes_m = later is not None and later.evaluate
             flags = (
                 EVALUATE * stage.evaluate
                 + AT_E * at_e
@@ -521,30 +467,37 @@ class Plan:
                 + WRITES_X * stage.writes_x
                 + CLIP * (stage.clip is not None)
                 + THRESHOLD * (stage.threshold is not None)
+                + WRITES_M * writes_m
             )
             at_e = stage.writes_e
-            later = self.stages[i + 1 : i + 2]
-            c_in_next = later[0].c_in if later and later[0].evaluate else float(bool(later))
-            draws = [d for d in stage.noise if stage.c or stage.c_e]
-            streams = [d[0] for d in draws] + [0, 0]
-            xi = [d[1] for d in draws] + [0.0, 0.0]
-            lo, hi = stage.clip or stage.threshold or (0.0, 0.0)
-            head: tuple[float, ...]
-            head = (flags, pushes[i], len(draws), streams[0], streams[1], stage.p, lo, hi)
-            head += (stage.a_x, stage.a_e, _at(stage.b, 0), stage.c)
-            head += (stage.d_x, stage.d_e, _at(stage.g, 0), stage.c_e)
-            head += (xi[0], xi[1], c_in_next, len(reads[i]), -1)
-            row = table[i]
-            row[: len(head)] = head
-            terms = row[layout.term_offset : layout.branch_offset].reshape(-1, 3)
-            terms[:, 0] = -1
-            for k, (j, slot) in enumerate(reads[i]):
-                terms[k] = slot, _at(stage.b, j), _at(stage.g, j)
-            row[layout.branch_offset : layout.extra_offset] = stage.q * np.asarray(weights)
-            for k in range(layout.extras):
-                row[layout.extra_offset + 2 * k] = _at(stage.r, k)
-                row[layout.extra_offset + 2 * k + 1] = _at(stage.s, k)
-        return table
+            row = PackedRow(
+                flags=flags,
+                push=pushes[i],
+                draws=stage.noise if stage.c or stage.c_e else (),
+                p=stage.p,
+                a_x=stage.a_x,
+                a_e=stage.a_e,
+                b_0=_at(stage.b, 0),
+                c=stage.c,
+                d_x=stage.d_x,
+                d_e=stage.d_e,
+                g_0=_at(stage.g, 0),
+                c_e=stage.c_e,
+                c_in_next=later.c_in if later is not None and writes_m else 0.0,
+                k=tuple(stage.q * w for w in weights),
+                terms=tuple((slot, _at(stage.b, j), _at(stage.g, j)) for j, slot in reads[i]),
+                extras=tuple(
+                    (k, _at(stage.r, k), _at(stage.s, k))
+                    for k in range(max(len(stage.r), len(stage.s)))
+                    if _at(stage.r, k) or _at(stage.s, k)
+                ),
+            )
+            if stage.clip is not None:
+                row.lo, row.hi = stage.clip
+            if stage.threshold is not None:
+                row.quantile, row.floor = stage.threshold
+            rows.append(row)
+        return rows
 
     def transpose(self) -> Transposed:
         """The table of the backward pass; see `fastdiff.transpose`."""

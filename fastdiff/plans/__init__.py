@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: what a stage can hold, the table it packs to, files, text, and the transposed table."""
+
+from .layout import (
+    AT_E,
+    CLIP,
+    EVALUATE,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    PackedRow,
+    decode,
+    encode,
+)
+from .plan import LEAST_FLOOR, Plan, Stage, plan_of
+from .transpose import Transposed, alternates, transpose
+
+__all__ = [
+    "AT_E",
+    "CLIP",
+    "EVALUATE",
+    "LEAST_FLOOR",
+    "THRESHOLD",
+    "WRITES_E",
+    "WRITES_M",
+    "WRITES_X",
+    "Layout",
+    "PackedRow",
+    "Plan",
+    "Stage",
+    "Transposed",
+    "alternates",
+    "decode",
+    "encode",
+    "plan_of",
+    "transpose",
+]
