@@ -27,7 +27,7 @@ help:
 	@echo 'make demo    samples the shipped network and writes pictures to out/'
 	@echo 'make test    runs the test suite (PYTEST_ARGS="-k solvers" passes options on)'
 	@echo 'make lint    ruff and mypy'
-	@echo 'make bench   runs benchmarks/bench_*.py'
+	@echo 'make bench   runs every benchmark; benchmarks/run.py runs one'
 	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 8 minutes (GPU_CHECK=short: 4);'
 	@echo '             makes no .venv: make gpu-check PYTHON=python3 VENV= takes a Python with torch'
 	@echo 'make clean   removes what was built, the caches and out/; .venv stays'
@@ -49,9 +49,7 @@ lint: $(TOOLED)
 	$(BIN)/mypy
 
 bench: $(BUILT)
-	@set -e; for file in $(sort $(wildcard benchmarks/bench_*.py)); do \
-	    echo "$$file"; $(BIN)/python "$$file"; \
-	done
+	$(BIN)/python benchmarks/run.py all
 
 # Needs no network and no .venv: the Python of .venv if there is one, else PYTHON, which has torch.
 gpu-check:

@@ -2,9 +2,10 @@
 """The GPU check: builds, runs the tests marked gpu, times stages, loops and gradients, and sums up.
 
 Each phase is a process with a time limit of its own; a phase that fails or hangs does not keep the
-next from running. Needs a CUDA device, a Python with torch, pytest, click and pybind11, and nothing
-else: no network and no virtual environment; where diffusers is installed it is timed as well. Exit
-0 only if every phase passed.
+next from running. The check needs a CUDA device and a Python with torch, pytest, click and
+pybind11. It needs no network and no virtual environment. Where diffusers is installed it is timed
+as well, and where pytest-xdist is, the tests run in eight processes. Exit 0 only if every phase
+passed.
 
     make gpu-check                                       GPU_CHECK=short for the short one
     make gpu-check PYTHON=python3 VENV=                  with a Python that has torch already
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -53,7 +55,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Result:
-    """How a phase ended; `how` is "passed", "failed (exit 3)" or "stopped after 60 s"."""
+    """How a phase ended: `how` is "passed", "failed (exit 3)" or "stopped after 60 s"."""
 
     phase: Phase
     how: str
@@ -124,6 +126,9 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
     build += ["--no-build-isolation", "--no-deps", "-e", "."]
     tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     tests += ["--continue-on-collection-errors"]  # some tests import what a GPU machine has not
+    tests += ["-W", "default", "--tb=short", "-rfE"]  # a warning of a library is no failure here
+    if importlib.util.find_spec("xdist") is not None:
+        tests += ["-n", "8"]  # most of their time goes to compiling kernels
     tests += ["--durations=5"] if full else ["-m", "gpu and not slow"]
     # of a benchmark: its limit, and what of it is for the cell that runs as its budget ends
     limits = {"stage": (38, 18), "loop": (36, 15), "gradients": (36, 15)}
@@ -131,7 +136,7 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
         limits = {"stage": (85, 25), "loop": (100, 20), "gradients": (52, 20)}
     benches = {}
     for name, (limit, last) in limits.items():
-        bench = [python, f"benchmarks/bench_{name}.py", "--device", "cpu" if cpu else "cuda"]
+        bench = [python, "benchmarks/run.py", name, "--device", "cpu" if cpu else "cuda"]
         bench += ["--out", str(folder / f"{name}.jsonl"), "--summary", str(folder / f"{name}.md")]
         bench += ["--budget", str(limit - last), "--full" if full else "--short"]
         bench += [] if full else ["--rounds", "5"]

@@ -16,9 +16,10 @@ import torch as _torch  # noqa: F401  before the compiled core: one OpenMP runti
 
 from . import backends, grids, models, noise, schedules, solvers
 from .batcher import Batcher
+from .capture import Graph
+from .conditioning import PerStage
 from .gradients import AdjointDEIS, Discrete
-from .graphs import Graph
-from .guidance import CFG, PerStage
+from .guidance import CFG
 from .plans import Plan, Stage
 from .sampler import Sampler, sample
 from .solvers import plan

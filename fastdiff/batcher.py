@@ -16,21 +16,18 @@ from typing import Any
 
 import torch
 
-from . import backends, noise
-from .backends.base import Registers
-from .graphs import CAPTURERS, Captures, Entry, Graph, Stats, flatten, ordered, rebuild
-from .guidance import CFG, arguments_of, batched, check_batch, varies
-from .plans import PackedRow, Plan, encode
-from .sampler import (
-    Network,
-    Seeds,
-    bytes_of,
-    check_prediction,
-    graph_of,
-    network_dtype,
-    output_problem,
-    write_table,
-)
+from . import conditioning, noise
+from .capture import CAPTURERS, Captures, Entry, Graph, Stats, graph_of
+from .capture.loops import bytes_of, capturable, check_capturable
+from .conditioning import arguments_of, flatten, rebuild, varies
+from .engine.call import Seeds
+from .engine.job import Job
+from .engine.loops import BAD_OUTPUT, output_problem, watch
+from .engine.run import Run, Spec, features_of, spec_of
+from .guidance import CFG, UNGUIDED, guided_rows
+from .plans import Layout, PackedRow, Plan
+
+Network = Any
 
 
 class Batcher:
@@ -66,110 +63,81 @@ class Batcher:
         backend: str | None = None,
         graph: str | Graph | None = "auto",
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"Batcher: network is callable as network(x, t); got {network!r}.")
-        plans = (plans,) if isinstance(plans, Plan) else tuple(plans)
-        if not plans or not all(isinstance(plan, Plan) for plan in plans):
+        plans = (plans,) if isinstance(plans, Plan) else plans
+        if not isinstance(plans, Sequence):
             raise TypeError(f"Batcher: plans are fastdiff.Plan, at least one; got {plans!r}.")
-        for plan in plans:
-            if plan.prediction != plans[0].prediction or plan.extras:
-                raise ValueError(
-                    "Batcher: plans have one prediction and no extra registers; got "
-                    f"{plan.prediction!r} beside {plans[0].prediction!r}, {plan.extras} extras."
-                )
-        check_prediction(network, plans[0])
-        if guidance is not None and (
-            not isinstance(guidance, CFG) or not isinstance(guidance.scale, float)
-        ):
-            raise ValueError(
-                "Batcher: guidance is a fastdiff.CFG with a number for its scale, or None; got "
-                f"{guidance!r}."
-            )
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"Batcher: dtype is torch.float32 or torch.float64; got {dtype}.")
+        plans = tuple(plans)
+        check_request(network, plans, guidance, dtype)
+        if not isinstance(shape, Sequence):
+            raise TypeError(f"Batcher: shape is [B, ...], a sequence of integers; got {shape!r}.")
         shape = torch.Size(shape)
         if len(shape) == 0 or min(shape) < 1:
             raise ValueError(f"Batcher: shape is [B, ...], all at least 1; got {tuple(shape)}.")
-        device = torch.empty(0, device=device).device
+        self._plans = plans
+        self._job = Job(network, plans[0], guidance or UNGUIDED, backend)
         self._graph = graph_of(graph)
-        network_type = network_dtype(network) or dtype
-        serving = backends.choose(backend, dtype, network_type, device)
-        if self._graph is not None and self._graph.mode == "auto":
-            captured = device.type in CAPTURERS and serving.name != "torch"
-            self._graph = self._graph if captured else None
-        if self._graph is not None and self._graph.mode == "loop":
-            raise ValueError('Batcher: one stage is captured; graph is "stage", "auto" or None.')
-        if self._graph is not None and device.type not in CAPTURERS:
-            raise ValueError(
-                f"Batcher: graphs are captured on {', '.join(CAPTURERS)}; got device {device}. "
-                "Use graph=None."
-            )
-        self._network, self._plans, self._guidance = network, plans, guidance
-        check_batch(cond, shape[0])
-        self._build(shape, dtype, network_type, device, serving)
-        self._cond = self._combined(cond)
+        like = torch.empty((0, *shape[1:]), dtype=dtype, device=device)
+        self._run = self._place(shape, like)
+        conditioning.check(cond, shape[0])
+        self._cond = self._job.guidance.conditions(cond, shape[0])
         if varies(self._cond):
             raise NotImplementedError(
                 "Batcher: places stand at different stages; got a PerStage. Give the conditioning "
                 "of a sample as a whole."
             )
-        self._described, leaves = self._flat(self._cond)
+        self._described, leaves = described(self._cond)
         with torch.inference_mode(False):
             self._own = [leaf.detach().clone() for leaf, _ in leaves]
         self._rows = [rows for _, rows in leaves]
-        self._stream: Any = None
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
-        self._captures: Captures | None = None
-        if self._graph is not None:
-            self._captures = Captures(self._graph, CAPTURERS[device.type], device)
+        self._captures = self._captures_on(like)
 
-    def _build(
-        self,
-        shape: torch.Size,
-        dtype: torch.dtype,
-        network: torch.dtype,
-        device: torch.device,
-        serving: backends.Backend,
-    ) -> None:
-        plans, batch = self._plans, shape[0]
-        branches = 1 if self._guidance is None else self._guidance.branches
-        if self._graph is not None and serving.name == "torch":
+    def _captures_on(self, like: torch.Tensor) -> Captures | None:
+        device, backend = like.device, self._job.kind(like)[3]
+        if self._graph is not None and self._graph.mode == "auto":
+            captured = device.type in CAPTURERS and capturable(backend)
+            self._graph = self._graph if captured else None
+        if self._graph is None:
+            return None
+        if self._graph.mode == "loop":
+            raise ValueError('Batcher: one stage is captured; graph is "stage", "auto" or None.')
+        if device.type not in CAPTURERS:
             raise ValueError(
-                "Batcher: a captured stage reads its table on the device; the torch backend keeps "
-                "it on the host. Use graph=None."
+                f"Batcher: graphs are captured on {', '.join(CAPTURERS)}; got device {device}. "
+                "Use graph=None."
             )
-        layout = replace(
-            plans[0].layout, terms=max(plan.layout.terms for plan in plans), branches=branches
-        )
-        slots = max(plan.slots for plan in plans)
+        check_capturable(backend)
+        return Captures(self._graph, CAPTURERS[device.type], device)
+
+    def _place(self, shape: torch.Size, like: torch.Tensor) -> Run:
+        """The run of all places. Row 0 does nothing: a place without a sample stands there."""
+        guidance, kind = self._job.guidance, self._job.kind(like)
+        specs = [spec_of(plan, guidance, shape, kind) for plan in self._plans]
+        rows, times, following = [PackedRow(k=(0.0,) * guidance.branches)], [0.0], [0]
+        self._first = []
+        for plan in self._plans:
+            begin = len(rows)
+            rows += guided_rows(guidance, plan, shape[0])
+            times += [stage.model_time for stage in plan.stages]
+            following += [*range(begin + 1, begin + len(plan.stages)), 0]
+            self._first.append(begin)
+        run = Run(places_spec(specs, rows))
+        run.write(rows)
+        run.write_times(times)
+        for register in run.live():
+            register.zero_()
+        assert run.registers.m is not None
+        run.registers.m.zero_()
+        device = run.spec.device
         with torch.inference_mode(False):
-            like = functools.partial(torch.zeros, dtype=dtype, device=device)
-            registers = Registers(
-                x=like(shape),
-                e=like(shape) if any(plan.uses_e for plan in plans) else None,
-                history=like((slots, *shape)),
-                m=torch.zeros((branches * batch, *shape[1:]), dtype=network, device=device),
-                seeds=torch.zeros(batch, dtype=torch.int64, device=device),
-            )
-            tables, times, following, self._first = [], [0.0], [0], []
-            # row 0 does nothing, and is where a place without a sample stands
-            tables.append(torch.from_numpy(encode([PackedRow()], layout)))
-            for plan in plans:
-                stages, begin = len(plan.stages), len(times)
-                table = torch.zeros((stages + 1, layout.width), dtype=torch.float64)
-                write_table(table, plan, self._guidance, batch, layout)
-                tables.append(table[:stages])
-                times += [stage.model_time for stage in plan.stages]
-                following += [*range(begin + 1, begin + stages), 0]
-                self._first.append(begin)
-            told = torch.float64 if network == torch.float64 else torch.float32
-            self._times = torch.tensor(times, dtype=told, device=device)
             self._following = torch.tensor(following, device=device)
-            self._stage_index = torch.zeros(batch, dtype=torch.int64, device=device)
-            self._next = torch.zeros_like(self._stage_index)
-            self._t = torch.zeros((branches, batch), dtype=told, device=device)
-            self._registers, self._branches = registers, branches
-            self._run = serving.bind(registers, torch.cat(tables), layout, self._stage_index)
+            self._next = torch.zeros(shape[0], dtype=torch.int64, device=device)
+            self._t = torch.zeros(
+                (guidance.branches, shape[0]), dtype=run.times.dtype, device=device
+            )
+            # the times of one branch, where a place finds its own by its row
+            self._times = run.times[:, 0].clone()
+        return run
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -197,7 +165,7 @@ class Batcher:
             ValueError, TypeError: An argument is none of these; nothing is changed.
             RuntimeError: All places are taken.
         """
-        registers = self._registers
+        registers = self._run.registers
         if not isinstance(x, torch.Tensor) or x.shape != registers.x.shape[1:]:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ValueError(
@@ -212,11 +180,12 @@ class Batcher:
             raise RuntimeError(
                 f"Batcher: all {len(self._left)} places are taken. Call step() until one is free."
             )
+        self._check_numbers(x)
         seeds = None if seed is None else noise.seeds_tensor(seed, 1)
-        check_batch(cond, 1)
-        described, leaves = self._flat(self._combined(cond, 1))
+        conditioning.check(cond, 1)
+        said, leaves = described(self._job.guidance.conditions(cond, 1))
         shared = zip(self._own, leaves, strict=False)
-        if described != self._described or not all(
+        if said != self._described or not all(
             rows or own is leaf or torch.equal(own, leaf) for own, (leaf, rows) in shared
         ):
             raise ValueError(
@@ -224,23 +193,37 @@ class Batcher:
                 f"example, and the same tensors inside tuples and lists; got {cond!r}."
             )
         place = self._left.index(0)
-        self._order()
+        self._run.follow()
         with torch.no_grad():
-            registers.x[place].copy_(x)
-            m = registers.m
-            assert m is not None
-            m.view(self._branches, -1, *m.shape[1:])[:, place] = registers.x[place].mul(
-                chosen.stages[0].c_in
-            )
-            if seeds is not None and registers.seeds is not None:
-                registers.seeds[place : place + 1].copy_(seeds, non_blocking=True)
+            self._seat(place, x, chosen, seeds)
+            branches = self._job.guidance.branches
             for own, (leaf, _), rows in zip(self._own, leaves, self._rows, strict=True):
                 if rows:
                     shape = own.shape[1:]
-                    own.view(self._branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
-            self._stage_index[place] = self._first[plan]
+                    own.view(branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
+            assert self._run.index is not None
+            self._run.index[place] = self._first[plan]
         self._left[place] = len(chosen.stages)
         return place
+
+    def _check_numbers(self, x: torch.Tensor) -> None:
+        if not x.dtype.is_floating_point:
+            raise TypeError(
+                f"Batcher: x is real and floating; got {x.dtype}. Convert it, e.g. x.float()."
+            )
+        if x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+            raise ValueError("Batcher: x is finite; got NaN or infinity in it.")
+
+    def _seat(self, place: int, x: torch.Tensor, plan: Plan, seeds: torch.Tensor | None) -> None:
+        """Puts a sample's state, first input and seed into a place."""
+        registers, branches = self._run.registers, self._job.guidance.branches
+        m = registers.m
+        assert m is not None
+        registers.x[place].copy_(x)
+        first = registers.x[place].mul(plan.stages[0].c_in)
+        m.view(branches, -1, *m.shape[1:])[:, place] = first.to(m.dtype)
+        if seeds is not None and registers.seeds is not None:
+            registers.seeds[place : place + 1].copy_(seeds, non_blocking=True)
 
     def step(self) -> dict[int, torch.Tensor]:
         """Moves every sample by one stage.
@@ -253,14 +236,14 @@ class Batcher:
         """
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
-        self._order()
+        self._run.follow()
         with torch.no_grad():
             if self._captures is None:
                 self._advance(self._cond_of())
             else:
                 self._replay(self._captures)
             done = [place for place, left in enumerate(self._left) if left == 1]
-            samples = {place: self._registers.x[place].clone() for place in done}
+            samples = {place: self._run.registers.x[place].clone() for place in done}
         self._left = [max(left - 1, 0) for left in self._left]
         return samples
 
@@ -270,45 +253,34 @@ class Batcher:
 
     # -- one stage -------------------------------------------------------------------------------
 
-    def _order(self) -> None:
-        """Makes what follows wait for the call before, if it was on another stream."""
-        self._stream = ordered(self._registers.x.device, self._stream)
-
-    @staticmethod
-    def _flat(cond: Any) -> Any:
-        try:
-            return flatten(cond)
-        except TypeError:
-            raise TypeError(
-                "Batcher: conditioning is tensors, numbers and strings in dicts, lists and tuples, "
-                f"so that places can share one call; got {cond!r}."
-            ) from None
-
-    def _combined(self, cond: Any, batch: int | None = None) -> Any:
-        if self._branches == 1 or self._guidance is None:
-            return cond
-        return batched(cond, self._guidance.uncond, batch or len(self._registers.x))
-
     def _cond_of(self) -> Any:
         return rebuild(self._cond, iter(self._own))
 
     def _advance(self, cond: Any) -> None:
-        torch.index_select(self._times, 0, self._stage_index, out=self._t[0])
-        for branch in range(1, self._branches):
-            self._t[branch].copy_(self._t[0])
+        run, index = self._run, self._run.index
+        assert index is not None
+        torch.index_select(self._times, 0, index, out=self._t[0])
+        for branch in self._t[1:]:
+            branch.copy_(self._t[0])
         arguments, keywords = arguments_of(cond)
-        given = self._registers.m
+        given, told = run.registers.m, self._t.view(-1)
         assert given is not None
-        output = self._network(given, self._t.view(-1), *arguments, **keywords)
+        before = watch(given)
+        output = self._job.network(given, told, *arguments, **keywords)
+        if watch(given) != before:
+            raise ValueError(
+                "Batcher: the network wrote to its input in place, which is the batcher's own "
+                "memory. Let it work on a copy (x = x.clone())."
+            )
         try:
-            self._run(0, output, None)
-        except (TypeError, ValueError, AttributeError) as error:
+            run.row(0, output)
+        except BAD_OUTPUT as error:
             problem = output_problem(output, given)
             if problem is None:
                 raise
             raise type(error)(f"Batcher: {problem}") from None
-        torch.index_select(self._following, 0, self._stage_index, out=self._next)
-        self._stage_index.copy_(self._next)
+        torch.index_select(self._following, 0, index, out=self._next)
+        index.copy_(self._next)
 
     def _replay(self, captures: Captures) -> None:
         key = captures.environment()
@@ -316,9 +288,9 @@ class Batcher:
         if entry is not None:
             captures.launch(entry)
             return
-        r = self._registers
-        live = [r.x, r.e, r.history, r.m, self._stage_index]
-        kept = [(t, t.clone()) for t in live if t is not None]
+        run = self._run
+        held = [t for t in (*run.live(), run.registers.m, run.index) if t is not None]
+        kept = [(t, t.clone()) for t in held]
 
         def restore() -> None:
             for tensor, value in kept:
@@ -332,9 +304,66 @@ class Batcher:
         try:
             done = False
             while not done:
-                entry = Entry(self, bytes_of(live))
-                captures.capture({None: body}, whole, lambda: r.x, entry, self._network)
+                entry = Entry(self, bytes_of(held))
+                bodies = {None: body}
+                captures.capture(bodies, whole, lambda: run.registers.x, entry, self._job.network)
                 done = captures.add(key, entry)
         except BaseException:
             restore()  # no sample has moved
             raise
+
+
+def check_request(network: Any, plans: tuple[Any, ...], guidance: Any, dtype: torch.dtype) -> None:
+    """Raises unless places can be shared by these plans."""
+    if not callable(network):
+        raise TypeError(f"Batcher: network is callable as network(x, t); got {network!r}.")
+    if not plans or not all(isinstance(plan, Plan) for plan in plans):
+        raise TypeError(f"Batcher: plans are fastdiff.Plan, at least one; got {plans!r}.")
+    for plan in plans:
+        if plan.prediction != plans[0].prediction or plan.extras:
+            raise ValueError(
+                "Batcher: plans have one prediction and no extra registers; got "
+                f"{plan.prediction!r} beside {plans[0].prediction!r}, {plan.extras} extras."
+            )
+    if guidance is not None and (
+        not isinstance(guidance, CFG) or not isinstance(guidance.scale, float)
+    ):
+        raise ValueError(
+            "Batcher: guidance is a fastdiff.CFG with a number for its scale, or None; got "
+            f"{guidance!r}."
+        )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Batcher: dtype is torch.float32 or torch.float64; got {dtype}.")
+
+
+def places_spec(specs: Sequence[Spec], rows: Sequence[PackedRow]) -> Spec:
+    """A spec that holds every plan of these specs, with all their rows in one table."""
+    layout = functools.reduce(Layout.joined, (spec.layout for spec in specs))
+    return replace(
+        specs[0],
+        layout=layout,
+        rows=len(rows),
+        stages=len(rows),
+        slots=max(spec.slots for spec in specs),
+        scalars=max(spec.scalars for spec in specs),
+        has_e=any(spec.has_e for spec in specs),
+        has_m=True,
+        features=features_of(rows),
+        stride=1,
+        index="place",
+    )
+
+
+def described(cond: Any) -> Any:
+    """`flatten` of a conditioning.
+
+    Raises:
+        TypeError: It holds what places cannot share.
+    """
+    try:
+        return flatten(cond)
+    except TypeError:
+        raise TypeError(
+            "Batcher: conditioning is tensors, numbers and strings in dicts, lists and tuples, "
+            f"so that places can share one call; got {cond!r}."
+        ) from None

@@ -46,6 +46,10 @@ class PerStage:
             )
 
 
+# PyTorch's compiler reads what `isinstance` is asked for from tuples, and not from unions.
+_LEAVES = (torch.Tensor, PerStage)
+
+
 def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Positional and keyword arguments of the network after x and t."""
     if cond is None:
@@ -62,12 +66,12 @@ def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
     Leaves are tensors, `PerStage`s, empty containers and everything that is no container. A
     container in which nothing was replaced is returned itself.
     """
-    if isinstance(value, torch.Tensor | PerStage):
+    if isinstance(value, _LEAVES):
         return visit(value, path, whole)
     if isinstance(value, Mapping) and value:
         inner = {k: walk(v, visit, (*path, (dict, k)), whole) for k, v in value.items()}
         return inner if any(inner[k] is not v for k, v in value.items()) else value
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, (list, tuple)) and value:
         kind = type(value)
         items = [walk(v, visit, (*path, (kind, i)), True) for i, v in enumerate(value)]
         if all(new is old for new, old in zip(items, value, strict=True)):
@@ -92,7 +96,7 @@ def _walk_fields(value: Any, visit: Visit, path: Path) -> Any:
 def where_of(path: Path, root: str = "cond") -> str:
     """A place in the words of who wrote it: cond['a'][0].name."""
     parts = (
-        f"[{key!r}]" if issubclass(kind, dict | list | tuple) else f".{key}" for kind, key in path
+        f"[{key!r}]" if issubclass(kind, (dict, list, tuple)) else f".{key}" for kind, key in path
     )
     return root + "".join(parts)
 
@@ -116,7 +120,7 @@ def tensors_in(cond: Any) -> list[torch.Tensor]:
     return [
         value.values if isinstance(value, PerStage) else value
         for value, _, _ in leaves_of(cond)
-        if isinstance(value, torch.Tensor | PerStage)
+        if isinstance(value, _LEAVES)
     ]
 
 
@@ -146,7 +150,7 @@ def requiring_grad(cond: Any, root: str = "cond") -> list[str]:
 
 def _hidden(value: Any) -> list[Any]:
     """What a plain object holds in its attributes; modules are networks and hold their own."""
-    if isinstance(value, _CONSTANTS) or isinstance(value, type | torch.nn.Module):
+    if isinstance(value, (*_CONSTANTS, type, torch.nn.Module)):
         return []
     own = getattr(value, "__dict__", None)
     return list(own.values()) if isinstance(own, dict) else []
@@ -171,13 +175,13 @@ def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") 
     for value, path, whole in leaves_of(cond):
         where = where_of(path, root)
         if isinstance(value, PerStage):
+            if not whole:
+                _check_samples(value.values[:1].flatten(0, 1), batch, f"one stage of {where}")
             if stages is not None and len(value.values) != stages:
                 raise ValueError(
                     f"sample: a PerStage has one entry a stage of the plan, {stages} here; got "
                     f"{where} of shape {tuple(value.values.shape)}."
                 )
-            if not whole:
-                _check_samples(value.values[:1].flatten(0, 1), batch, f"one stage of {where}")
         elif isinstance(value, torch.Tensor):
             if not whole:
                 _check_samples(value, batch, where)
@@ -223,23 +227,23 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
         TypeError: It holds an object whose changes a captured graph would not see.
     """
     tensors: list[tuple[torch.Tensor, bool]] = []
-    described: list[Hashable] = [type(cond)]
+    described: list[Hashable] = [type(cond).__qualname__]
     for value, path, whole in leaves_of(cond):
-        if isinstance(value, torch.Tensor | PerStage):
+        if isinstance(value, _LEAVES):
             staged = isinstance(value, PerStage)  # whole: a graph reads one stage after another
             tensor = value.values if isinstance(value, PerStage) else value
             rows = not whole and not staged
             tensors.append((tensor, rows))
             shape = tuple(tensor.shape[1:] if rows else tensor.shape)
             described.append((path, staged, rows, shape, tensor.dtype, tensor.device))
-        elif isinstance(value, _CONSTANTS) or (isinstance(value, Mapping | list | tuple)):
+        elif isinstance(value, (*_CONSTANTS, Mapping, list, tuple)):
             constant = value if isinstance(value, _CONSTANTS) else None  # else: an empty container
             described.append((path, type(value), constant))
         else:
             raise TypeError(
                 "sample: a captured graph sees tensors, numbers and strings in dicts, lists, tuples"
-                f" and dataclasses; got {type(value).__name__} as {where_of(path)}, whose changes it "
-                "would miss. Pass its tensors in a dict, or use graph=None."
+                f" and dataclasses; got {type(value).__name__} as {where_of(path)}, whose changes "
+                "it would miss. Pass its tensors in a dict, or use graph=None."
             )
     return tuple(described), tensors
 

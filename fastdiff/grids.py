@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time grids: the strictly decreasing float64 times t_0 > t_1 > ... > t_N a sampler visits.
+"""Time grids: the strictly decreasing float64 times t_0 > t_1 > ... > t_N of a sampling run.
 
 A grid is a function (schedule, steps, t_max, t_min) -> times [steps + 1]. It is chosen by name
 ("karras"), by a name with its parameter ("karras(5)", "power(3)", "shift(3)"), or given as an
@@ -19,11 +19,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ._text import unknown
-from .schedules import Array, Schedule, VPDiscrete
+from .schedules import Array, Schedule
+from .schedules.base import real, shown
 
 __all__ = ["build", "names"]
 
 Grid = Callable[..., Array]
+
+MAX_STEPS = 1_000_000  # a table of so many rows is still made in minutes
 
 
 def uniform(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
@@ -146,7 +149,10 @@ _SPACINGS = ("linspace", "leading", "trailing")
 
 
 def names() -> tuple[str, ...]:
-    """Names of the grids; "power", "karras", "shift" and "leading" take a parameter in brackets."""
+    """The names of the grids.
+
+    "power", "karras", "shift" and "leading" take a parameter in brackets.
+    """
     return tuple(_GRIDS)
 
 
@@ -162,7 +168,7 @@ def build(
 
     Args:
         schedule: Gives the default ends and the map between t and lambda.
-        steps: Intervals of the grid, at least 1.
+        steps: Intervals of the grid, 1 to `MAX_STEPS`.
         grid: A name ("auto": the schedule's own), a name with a parameter, or steps + 1 explicit
             times.
         t_max, t_min: Ends in the schedule's units; None: the schedule's own. diffusers' spacings
@@ -180,7 +186,9 @@ def build(
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
         raise TypeError(f"grid: steps is an integer; got {steps!r}.")
     if steps < 1:
-        raise ValueError(f"grid: steps is at least 1; got {steps}.")
+        raise ValueError(f"grid: steps is at least 1; got {shown(steps)}.")
+    if steps > MAX_STEPS:
+        raise ValueError(f"grid: steps is at most {MAX_STEPS}; got {shown(steps)}.")
     if not isinstance(grid, str):
         if t_max is not None or t_min is not None:
             raise ValueError(
@@ -205,7 +213,15 @@ def build(
 
 
 def check(schedule: Schedule, times: Array) -> Array:
-    """The times themselves if they are a grid of this schedule; else a ValueError says why."""
+    """The times themselves if they are a sampling grid of this schedule.
+
+    A sampling grid runs from noise to data. Times that go up belong to plans that add noise on the
+    way or encode data: such a plan is made of rows, not by this function.
+
+    Raises:
+        ValueError: A time is not finite, not below the one before, or outside the schedule's
+            domain.
+    """
     if not np.all(np.isfinite(times)):
         bad = int(np.argmin(np.isfinite(times)))
         raise ValueError(f"grid: times are finite; got times[{bad}] = {times[bad]}.")
@@ -232,16 +248,21 @@ def as_times(grid: Any) -> Array:
     """Explicit times, from a sequence, array or tensor, as float64 [n].
 
     Raises:
-        TypeError: It is no sequence of numbers.
+        TypeError: The grid is not a sequence of numbers.
+        ValueError: A number is an integer beyond float64.
     """
     if hasattr(grid, "detach"):  # a tensor, on any device
         grid = grid.detach().cpu().numpy()
     try:
         times = np.array(grid, dtype=np.float64)
+    except OverflowError:
+        raise ValueError(
+            "grid: times are finite; got an integer that float64 cannot hold."
+        ) from None
     except (TypeError, ValueError):
         times = np.empty(())
     if times.ndim == 0:
-        raise TypeError(f"grid: a name or a sequence of times is needed; got {grid!r}.")
+        raise TypeError(f"grid: a name or a sequence of times is needed; got {shown(grid)}.")
     return times
 
 
@@ -277,11 +298,10 @@ def _end(name: str, value: float | None, default: float, schedule: Schedule) -> 
     if value is None:
         return float(default)
     lo, hi = schedule.domain
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
-        raise TypeError(f"grid: {name} is a number; got {value!r}.")
-    if not lo <= value <= hi or not math.isfinite(value):
+    number = real("grid", name, value)
+    if not lo <= number <= hi or not math.isfinite(number):
         raise ValueError(f"grid: {name} lies in [{lo:g}, {hi:g}] for {schedule}; got {value!r}.")
-    return float(value)
+    return number
 
 
 def _parameter(grid: str, name: str, value: float) -> None:
@@ -320,17 +340,18 @@ def _in_lambda(
 
 
 def _training_steps(name: str, schedule: Schedule, steps: int) -> int:
-    if not isinstance(schedule, VPDiscrete):
+    n = schedule.training_steps
+    if n is None:
         raise ValueError(
             f"grid: {name!r} is a spacing of training steps and needs a VPDiscrete schedule; got "
             f"{schedule}. Use 'uniform', 'logsnr' or 'karras'."
         )
-    if steps > schedule.num_steps:
+    if steps > n:
         raise ValueError(
             f"grid: {name!r} takes at most as many steps as the schedule has training steps "
-            f"({schedule.num_steps}); got {steps}."
+            f"({n}); got {steps}."
         )
-    return schedule.num_steps
+    return n
 
 
 def _of_indices(n: int, indices: NDArray[Any], t_min: float) -> Array:

@@ -27,38 +27,49 @@ program loads: x, e and a history slot are updated in place.
 import triton
 import triton.language as tl
 
+from .columns import (
+    A_E,
+    A_X,
+    AT_E,
+    B_0,
+    BRANCH_WIDTH,
+    C_E,
+    C_IN_NEXT,
+    CLIP,
+    D_E,
+    D_X,
+    DRAWS,
+    ENTRY,
+    EVALUATE,
+    EXTRA_WIDTH,
+    FLAGS,
+    G_0,
+    HI,
+    LO,
+    N_EXTRAS,
+    N_TERMS,
+    PAST_B,
+    PAST_G,
+    PUSH,
+    PUSH_X,
+    SLOT,
+    STREAM_1,
+    STREAM_2,
+    TERM_AT,
+    TERM_WIDTH,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    XI_1,
+    XI_2,
+    C,
+    K,
+    P,
+    R,
+    S,
+)
 from .philox import normals
-
-# Columns and flags, as in fastdiff.plan; a test compares them.
-_FLAGS = tl.constexpr(0)
-_PUSH = tl.constexpr(1)
-_DRAWS = tl.constexpr(2)
-_STREAM_1 = tl.constexpr(3)
-_STREAM_2 = tl.constexpr(4)
-_P = tl.constexpr(5)
-_CLIP_LO = tl.constexpr(6)
-_CLIP_HI = tl.constexpr(7)
-_A_X = tl.constexpr(8)
-_A_E = tl.constexpr(9)
-_B_0 = tl.constexpr(10)
-_C = tl.constexpr(11)
-_D_X = tl.constexpr(12)
-_D_E = tl.constexpr(13)
-_G_0 = tl.constexpr(14)
-_C_E = tl.constexpr(15)
-_XI_1 = tl.constexpr(16)
-_XI_2 = tl.constexpr(17)
-_C_IN_NEXT = tl.constexpr(18)
-_N_TERMS = tl.constexpr(19)
-_PUSH_X = tl.constexpr(20)
-_HEAD = tl.constexpr(21)
-
-_EVALUATE = tl.constexpr(1)
-_AT_E = tl.constexpr(2)
-_WRITES_E = tl.constexpr(4)
-_WRITES_X = tl.constexpr(8)
-_CLIPS = tl.constexpr(16)
-_THRESHOLDS = tl.constexpr(32)
 
 
 @triton.jit
@@ -133,11 +144,11 @@ def _row_of(row, p_row_index, p_index, i_b):
 
 @triton.jit
 def _form(p_out, o_out, branch_stride, p_row, p, point, evaluates, m_live, T: tl.constexpr,
-          TERMS: tl.constexpr, BRANCHES: tl.constexpr):  # fmt: skip
+          BRANCHES: tl.constexpr, BRANCH_AT: tl.constexpr):  # fmt: skip
     """sum_g k_g out_g + p point: h before it is limited, of `point`'s shape."""
     h = tl.zeros_like(point)
     for g in tl.static_range(BRANCHES):
-        k_g = _coefficient(p_row, _HEAD + 3 * TERMS + g, evaluates)
+        k_g = _coefficient(p_row, BRANCH_AT + g * BRANCH_WIDTH + K, evaluates)
         p_branch = p_out + g * branch_stride
         out = tl.load(p_branch + o_out, mask=_only(m_live, _reads(k_g)), other=0.0)
         h = _add(k_g, _widen(out, T), h)
@@ -160,31 +171,31 @@ def _divide(a, b):
 
 
 @triton.jit
-def _xi(p_row, p_seeds, i_b, i_c, draws, T: tl.constexpr, DRAWS: tl.constexpr,
+def _xi(p_row, p_seeds, i_b, i_c, draws, T: tl.constexpr, MOST_DRAWS: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
     """The row's own noise, [ROWS, COLS]."""
     seed = tl.load(p_seeds + i_b)
     quad = i_c * (COLS // 4) + tl.arange(0, COLS // 4)[None, :].to(tl.int64)
     zero = tl.zeros([ROWS, COLS], T)
-    stream = tl.load(p_row + _STREAM_1).to(tl.int64).to(tl.uint32)
+    stream = tl.load(p_row + STREAM_1).to(tl.int64).to(tl.uint32)
     z = normals(seed, stream, quad, ROWS, COLS).to(T)
-    xi = tl.fma(tl.load(p_row + _XI_1), z, zero)
-    if DRAWS > 1:
-        stream = tl.load(p_row + _STREAM_2).to(tl.int64).to(tl.uint32)
+    xi = tl.fma(tl.load(p_row + XI_1), z, zero)
+    if MOST_DRAWS > 1:
+        stream = tl.load(p_row + STREAM_2).to(tl.int64).to(tl.uint32)
         z = normals(seed, stream, quad, ROWS, COLS).to(T)
-        xi = tl.where(draws > 1, tl.fma(tl.load(p_row + _XI_2), z, xi), xi)
+        xi = tl.where(draws > 1, tl.fma(tl.load(p_row + XI_2), z, xi), xi)
     return xi
 
 
 @triton.jit(do_not_specialize=["row", "rows", "batch", "size_units", "out_units"])
 def stage_kernel(
-    p_x,  # [B, n], the state's dtype; like it e and extras
+    p_x,  # [B, n], the state's dtype; like it e and the bank
     p_e,  # None where the run has no e
     p_history,  # [slots, B, n], or None
     p_m,  # [COPIES, B, n], the network's dtype, or None
     p_out,  # branch g, sample b at (g B + b) out_stride; None: no row run here evaluates
     p_xi,  # [B, n] noise used instead of the row's own, or None
-    p_extras,  # tuple of [B, n]
+    p_bank,  # [entries, B, n], or [entries, 1, n] where SHARED; None: no row reads one
     p_seeds,  # int64 [B], or None
     p_table,  # [rows, WIDTH] in the arithmetic type
     p_index,  # int64 [B]: sample b runs row `row + index[b]`; None: all run `row`
@@ -200,10 +211,14 @@ def stage_kernel(
     TERMS: tl.constexpr,
     BRANCHES: tl.constexpr,
     EXTRAS: tl.constexpr,
+    BRANCH_AT: tl.constexpr,  # where the groups begin in a row, and its width
+    EXTRA_AT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHARED: tl.constexpr,  # whether all samples have one bank
     COPIES: tl.constexpr,
-    DRAWS: tl.constexpr,  # the most that a row of the table draws
-    CLIP: tl.constexpr,  # whether any row clips
-    PUSH_X: tl.constexpr,  # whether any row pushes the x that comes in
+    MOST_DRAWS: tl.constexpr,  # the most that a row of the table draws
+    CLIPS: tl.constexpr,  # whether any row clips
+    PUSHES_X: tl.constexpr,  # whether any row pushes the x that comes in
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -212,8 +227,7 @@ def stage_kernel(
     A sample whose row lies outside the table, or evaluates without `p_out`, is left as it is.
     """
     T: tl.constexpr = p_table.dtype.element_ty
-    S: tl.constexpr = p_x.dtype.element_ty
-    WIDTH: tl.constexpr = _HEAD + 3 * TERMS + BRANCHES + 2 * EXTRAS
+    STATE: tl.constexpr = p_x.dtype.element_ty
     OWN_ROWS: tl.constexpr = p_index is not None
     HAS_E: tl.constexpr = p_e is not None
 
@@ -248,36 +262,37 @@ def stage_kernel(
         m_live = _only(m_live, m_row)
         i_row = tl.where(m_row, i_row, 0)
     p_row = p_table + i_row * WIDTH
-    flags = _integer(p_row, _FLAGS)
-    evaluates = (flags & _EVALUATE) != 0
-    writes_x = (flags & _WRITES_X) != 0
-    writes_e = (flags & _WRITES_E) != 0
-    at_e = (flags & _AT_E) != 0
+    flags = _integer(p_row, FLAGS)
+    evaluates = (flags & EVALUATE) != 0
+    writes_x = (flags & WRITES_X) != 0
+    writes_e = (flags & WRITES_E) != 0
+    at_e = (flags & AT_E) != 0
     if p_out is None:
-        m_live = _only(m_live, (flags & _EVALUATE) == 0)
-    a_x = _coefficient(p_row, _A_X, writes_x)
-    b_0 = _coefficient(p_row, _B_0, writes_x)
-    p = _coefficient(p_row, _P, evaluates)
+        m_live = _only(m_live, (flags & EVALUATE) == 0)
+    a_x = _coefficient(p_row, A_X, writes_x)
+    b_0 = _coefficient(p_row, B_0, writes_x)
+    p = _coefficient(p_row, P, evaluates)
     if HAS_E:
-        a_e = _coefficient(p_row, _A_E, writes_x)
-        d_x = _coefficient(p_row, _D_X, writes_e)
-        d_e = _coefficient(p_row, _D_E, writes_e)
-        g_0 = _coefficient(p_row, _G_0, writes_e)
+        a_e = _coefficient(p_row, A_E, writes_x)
+        d_x = _coefficient(p_row, D_X, writes_e)
+        d_e = _coefficient(p_row, D_E, writes_e)
+        g_0 = _coefficient(p_row, G_0, writes_e)
     if p_m is not None:
-        c_in = tl.load(p_row + _C_IN_NEXT)
-    n_terms = _integer(p_row, _N_TERMS)
+        writes_m = (flags & WRITES_M) != 0
+        c_in = _coefficient(p_row, C_IN_NEXT, writes_m)
+    n_terms = _integer(p_row, N_TERMS)
 
     # -- x, e, h -----------------------------------------------------------------------------------
     reads_x = _reads(a_x)
     if HAS_E:
-        reads_x = reads_x | _reads(d_x) | (_reads(p) & ((flags & _AT_E) == 0))
+        reads_x = reads_x | _reads(d_x) | (_reads(p) & ((flags & AT_E) == 0))
         reads_e = _reads(a_e) | _reads(d_e) | (_reads(p) & at_e)
     else:
         reads_x = reads_x | _reads(p)
     if p_m is not None:
-        reads_x = reads_x | (_reads(c_in) & ((flags & (_WRITES_X + _WRITES_E)) == 0))
-    if PUSH_X:
-        push_x = _integer(p_row, _PUSH_X)
+        reads_x = reads_x | (_reads(c_in) & ((flags & (WRITES_X + WRITES_E)) == 0))
+    if PUSHES_X:
+        push_x = _integer(p_row, PUSH_X)
         reads_x = reads_x | (push_x >= 0)
     x = _widen(tl.load(p_x + o, mask=_only(m_live, reads_x), other=0.0), T)
     point = x
@@ -292,15 +307,15 @@ def stage_kernel(
         else:
             out_stride = out_units.to(tl.int64) * OUT_UNIT
             o_out = o_b * out_stride + o_c
-        h = _form(p_out, o_out, batch * out_stride, p_row, p, point, evaluates, m_live, T, TERMS,
-                  BRANCHES)  # fmt: skip
+        h = _form(p_out, o_out, batch * out_stride, p_row, p, point, evaluates, m_live, T, BRANCHES,
+                  BRANCH_AT)  # fmt: skip
         if p_scale is not None:
-            thresholds = (flags & (_EVALUATE + _THRESHOLDS)) == _EVALUATE + _THRESHOLDS
+            thresholds = (flags & (EVALUATE + THRESHOLD)) == EVALUATE + THRESHOLD
             s = tl.load(p_scale + i_b)
             h = tl.where(thresholds, _divide(_clip(h, -s, s), s), h)
-        if CLIP:
-            clips = (flags & (_EVALUATE + _CLIPS)) == _EVALUATE + _CLIPS
-            clipped = _clip(h, tl.load(p_row + _CLIP_LO), tl.load(p_row + _CLIP_HI))
+        if CLIPS:
+            clips = (flags & (EVALUATE + CLIP)) == EVALUATE + CLIP
+            clipped = _clip(h, tl.load(p_row + LO), tl.load(p_row + HI))
             h = tl.where(clips, clipped, h)
 
     x_next = tl.zeros([ROWS, COLS], T)
@@ -316,72 +331,85 @@ def stage_kernel(
     # -- history -----------------------------------------------------------------------------------
     if p_history is not None:
         for k in tl.static_range(TERMS):
-            b_k = _coefficient(p_row, _HEAD + 3 * k + 1, writes_x & (k < n_terms))
+            b_k = _coefficient(p_row, TERM_AT + k * TERM_WIDTH + PAST_B, writes_x & (k < n_terms))
             reads = _reads(b_k)
             if HAS_E:
-                g_k = _coefficient(p_row, _HEAD + 3 * k + 2, writes_e & (k < n_terms))
+                g_k = _coefficient(
+                    p_row, TERM_AT + k * TERM_WIDTH + PAST_G, writes_e & (k < n_terms)
+                )
                 reads = reads | _reads(g_k)
-            p_slot = p_history + _integer(p_row, _HEAD + 3 * k).to(tl.int64) * total
+            slot = _integer(p_row, TERM_AT + k * TERM_WIDTH + SLOT)
+            p_slot = p_history + slot.to(tl.int64) * total
             past = _widen(tl.load(p_slot + o, mask=_only(m_live, reads), other=0.0), T)
             x_next = _add(b_k, past, x_next)
             if HAS_E:
                 e_next = _add(g_k, past, e_next)
 
     # -- noise -------------------------------------------------------------------------------------
-    if p_xi is not None or DRAWS > 0:
-        c = _coefficient(p_row, _C, writes_x)
+    if p_xi is not None or MOST_DRAWS > 0:
+        c = _coefficient(p_row, C, writes_x)
         reads = _reads(c)
         if HAS_E:
-            c_e = _coefficient(p_row, _C_E, writes_e)
+            c_e = _coefficient(p_row, C_E, writes_e)
             reads = reads | _reads(c_e)
         if p_xi is not None:
             xi = _widen(tl.load(p_xi + o, mask=_only(m_live, reads), other=0.0), T)
         else:
-            draws = _integer(p_row, _DRAWS)
+            draws = _integer(p_row, DRAWS)
             if OWN_ROWS and ROWS > 1:
-                xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, DRAWS, ROWS, COLS)
+                xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, MOST_DRAWS, ROWS, COLS)
             else:
                 xi = tl.zeros([ROWS, COLS], T)
                 if reads:  # uniform over the program
-                    xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, DRAWS, ROWS, COLS)
+                    xi = _xi(p_row, p_seeds, i_seed, i_c, draws, T, MOST_DRAWS, ROWS, COLS)
         x_next = _add(c, xi, x_next)
         if HAS_E:
             e_next = _add(c_e, xi, e_next)
 
     # -- read-only inputs --------------------------------------------------------------------------
-    for i in tl.static_range(EXTRAS):
-        r = _coefficient(p_row, _HEAD + 3 * TERMS + BRANCHES + 2 * i, writes_x)
-        reads = _reads(r)
-        if HAS_E:
-            s = _coefficient(p_row, _HEAD + 3 * TERMS + BRANCHES + 2 * i + 1, writes_e)
-            reads = reads | _reads(s)
-        extra = _widen(tl.load(p_extras[i] + o, mask=_only(m_live, reads), other=0.0), T)
-        x_next = _add(r, extra, x_next)
-        if HAS_E:
-            e_next = _add(s, extra, e_next)
+    if p_bank is not None:
+        n_extras = _integer(p_row, N_EXTRAS)
+        for i in tl.static_range(EXTRAS):
+            r = _coefficient(p_row, EXTRA_AT + i * EXTRA_WIDTH + R, writes_x & (i < n_extras))
+            reads = _reads(r)
+            if HAS_E:
+                s = _coefficient(p_row, EXTRA_AT + i * EXTRA_WIDTH + S, writes_e & (i < n_extras))
+                reads = reads | _reads(s)
+            entry = _integer(p_row, EXTRA_AT + i * EXTRA_WIDTH + ENTRY).to(tl.int64)
+            if SHARED:
+                p_entry, o_entry = p_bank + entry * n, o_c
+            else:
+                p_entry, o_entry = p_bank + entry * total, o
+            extra = tl.load(p_entry + o_entry, mask=_only(m_live, reads), other=0.0)
+            extra = _widen(extra, T)
+            x_next = _add(r, extra, x_next)
+            if HAS_E:
+                e_next = _add(s, extra, e_next)
 
     # -- stores ------------------------------------------------------------------------------------
     # Vectors of 16-bit and of 32-bit elements differ in length, so an element may be stored by
     # another thread than loaded it: all threads have loaded before one stores.
     tl.debug_barrier()
     # m' is formed from what the registers hold, which for a 16-bit state is rounded
-    x_stored = _narrow(x_next, S)
+    x_stored = _narrow(x_next, STATE)
     tl.store(p_x + o, x_stored, mask=_only(m_live, writes_x))
     if p_m is not None:
         point = tl.where(writes_x, _widen(x_stored, T), x)
     if HAS_E:
-        e_stored = _narrow(e_next, S)
+        e_stored = _narrow(e_next, STATE)
         tl.store(p_e + o, e_stored, mask=_only(m_live, writes_e))
         if p_m is not None:
             point = tl.where(writes_e, _widen(e_stored, T), point)
     if p_history is not None and p_out is not None:
-        push = _integer(p_row, _PUSH)
+        push = _integer(p_row, PUSH)
         p_slot = p_history + tl.maximum(push, 0).to(tl.int64) * total
-        tl.store(p_slot + o, _narrow(h, S), mask=_only(m_live, push >= 0))
-    if PUSH_X:
+        tl.store(p_slot + o, _narrow(h, STATE), mask=_only(m_live, push >= 0))
+    if PUSHES_X:
         p_slot = p_history + tl.maximum(push_x, 0).to(tl.int64) * total
-        tl.store(p_slot + o, _narrow(x, S), mask=_only(m_live, push_x >= 0))
+        tl.store(p_slot + o, _narrow(x, STATE), mask=_only(m_live, push_x >= 0))
     if p_m is not None:
-        m = _narrow(c_in * point, p_m.dtype.element_ty)
+        # zeros at c_in = 0, whatever the point holds
+        m = tl.where(_reads(c_in), c_in * point, tl.zeros_like(point))
+        m = _narrow(m, p_m.dtype.element_ty)
         for copy in tl.static_range(COPIES):
-            tl.store(p_m + copy * total + o, m, mask=_only(m_live, _reads(c_in)))
+            tl.store(p_m + copy * total + o, m, mask=_only(m_live, writes_m))

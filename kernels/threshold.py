@@ -18,21 +18,8 @@ on nothing but the sample's h: not on its place in the batch, nor on the tile.
 import triton
 import triton.language as tl
 
-from .stage import (
-    _AT_E,
-    _CLIP_HI,
-    _EVALUATE,
-    _FLAGS,
-    _HEAD,
-    _P,
-    _THRESHOLDS,
-    _form,
-    _integer,
-    _only,
-    _reads,
-    _row_of,
-    _widen,
-)
+from .columns import AT_E, EVALUATE, FLAGS, FLOOR, THRESHOLD, P
+from .stage import _form, _integer, _only, _reads, _row_of, _widen
 
 _DIGIT = tl.constexpr(4)  # bits settled in a pass
 _RADIX = tl.constexpr(16)
@@ -56,9 +43,9 @@ def scale_kernel(
     out_units,
     UNIT: tl.constexpr,
     OUT_UNIT: tl.constexpr,
-    TERMS: tl.constexpr,
     BRANCHES: tl.constexpr,
-    EXTRAS: tl.constexpr,
+    BRANCH_AT: tl.constexpr,
+    WIDTH: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """The kernel; see the module. Grid: B.
@@ -66,7 +53,6 @@ def scale_kernel(
     A sample whose row lies outside the table, or evaluates or thresholds nothing, has no scale.
     """
     T: tl.constexpr = p_table.dtype.element_ty
-    WIDTH: tl.constexpr = _HEAD + 3 * TERMS + BRANCHES + 2 * EXTRAS
     BITS: tl.constexpr = T.primitive_bitwidth - 1  # of a key, which is not negative
     KEY: tl.constexpr = tl.int64 if BITS == 63 else tl.int32
     MOST: tl.constexpr = 2**BITS - 1
@@ -78,11 +64,11 @@ def scale_kernel(
     m_row = (i_row >= 0) & (i_row < rows)
     i_row = tl.where(m_row, i_row, 0)
     p_row = p_table + i_row * WIDTH
-    flags = _integer(p_row, _FLAGS)
-    thresholds = (flags & (_EVALUATE + _THRESHOLDS)) == _EVALUATE + _THRESHOLDS
+    flags = _integer(p_row, FLAGS)
+    thresholds = (flags & (EVALUATE + THRESHOLD)) == EVALUATE + THRESHOLD
     if m_row & thresholds:
-        at_e = (flags & _AT_E) != 0
-        p = tl.load(p_row + _P)
+        at_e = (flags & AT_E) != 0
+        p = tl.load(p_row + P)
         out_stride = n
         if OUT_UNIT > 0:
             out_stride = out_units.to(tl.int64) * OUT_UNIT
@@ -104,7 +90,7 @@ def scale_kernel(
             while i_c < tl.cdiv(n, COLS):  # older interpreters count no range up to a tensor
                 begin = i_c * COLS
                 m_live = o < tl.minimum(n - begin, COLS).to(tl.int32)
-                m_x = _only(m_live, _reads(p) & ((flags & _AT_E) == 0))
+                m_x = _only(m_live, _reads(p) & ((flags & AT_E) == 0))
                 point = _widen(tl.load(p_x + i_b * n + begin + o, mask=m_x, other=0.0), T)
                 if p_e is not None:
                     m_e = _only(m_live, _reads(p) & at_e)
@@ -112,7 +98,7 @@ def scale_kernel(
                     point = tl.where(at_e, e, point)
                 p_tile = p_out + i_b * out_stride + begin
                 h = _form(p_tile, o, batch * out_stride, p_row, p, point, thresholds, m_live, T,
-                          TERMS, BRANCHES)  # fmt: skip
+                          BRANCHES, BRANCH_AT)  # fmt: skip
                 key = h.to(KEY, bitcast=True) & MOST
                 digit = (key >> shift) - (prefix << _DIGIT)
                 shares = m_live & (digit >= 0) & (digit < _RADIX)
@@ -138,5 +124,5 @@ def scale_kernel(
         high_value = high.to(T, bitcast=True).to(tl.float64)
         # rounded before it is compared: the larger rounds to the larger. NaN gives the floor.
         s = (low_value + weight * (high_value - low_value)).to(T)
-        floor = tl.load(p_row + _CLIP_HI)
+        floor = tl.load(p_row + FLOOR)
         tl.store(p_scale + i_b, tl.where(s > floor, s, floor))

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test stands on: Triton's interpreter without a GPU, fixed seeds, one thread."""
 
-import importlib.util
 import os
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +17,25 @@ if not HAS_CUDA:
 # Tensors here are small, and threads that wait for each other are slow on a busy machine. Tests
 # about threads set their own number.
 torch.set_num_threads(1)
+
+from support.core import INSTRUCTION_SETS, native  # noqa: E402  (after triton's environment)
+from support.recorder import Recorder  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--many",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N times as many random plans in the differential tests, for a night",
+    )
+
+
+@pytest.fixture
+def many(request: pytest.FixtureRequest) -> int:
+    """The factor by which differential tests take more cases."""
+    return request.config.getoption("--many")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,17 +55,22 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Each instruction set that the compiled core has on this machine, in use."""
+    before = native.instruction_set()
+    native.use_instruction_set(request.param)
+    yield request.param
+    native.use_instruction_set(before)
+
+
 @pytest.fixture
 def recorder(monkeypatch):
-    """A capturer for CPU tensors that does again what it records; see recording.py."""
-    from fastdiff import graphs
+    """A capturer for CPU tensors that does again what it records; see support/recorder.py."""
+    from fastdiff import capture
+    from fastdiff.engine import streams
 
-    path = Path(__file__).with_name("recording.py")
-    spec = importlib.util.spec_from_file_location("recording", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = module.Recorder()
-    monkeypatch.setitem(graphs.CAPTURERS, "cpu", made)
+    made = Recorder()
+    monkeypatch.setitem(capture.CAPTURERS, "cpu", made)
+    monkeypatch.setitem(streams.STREAMS, "cpu", made)
     return made

@@ -113,11 +113,11 @@ def test_an_error_moves_no_sample(graph, recorder):
 def test_a_bound_that_is_too_small_moves_no_sample(recorder):
     batcher = fd.Batcher(network, PLANS, (2, 6), graph=fd.Graph("stage", bytes=10))
     batcher.add(torch.randn(6))
-    before = batcher._registers.x.clone()
+    before = batcher._run.registers.x.clone()
     for _ in range(2):
         with pytest.raises(ValueError, match=r"Graph\.bytes"):
             batcher.step()
-    assert torch.equal(batcher._registers.x, before)
+    assert torch.equal(batcher._run.registers.x, before)
 
 
 def test_what_places_share_is_the_examples():

@@ -2,17 +2,19 @@
 """The command line: what it prints and writes, and how it refuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from PIL import Image
 
 import fastdiff as fd
-from fastdiff.cli import main
+from fastdiff.cli.app import commands
 
 SAMPLE = ["sample", "--count", "4", "--steps", "2", "--no-progress"]
 COMPARE = ["compare", "--solvers", "ddim,dpmpp-2m", "--nfe", "4,8", "--count", "2", "--no-progress"]
@@ -24,7 +26,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 def run(*arguments: str) -> Result:
-    return CliRunner().invoke(main, arguments)
+    return CliRunner().invoke(commands, arguments)
 
 
 def pixels(path: str) -> np.ndarray:
@@ -151,11 +153,22 @@ def test_doctor_names_every_backend_and_the_versions():
     ("arguments", "said"),
     [
         (["sample", "--solver", "dpmp-2m"], "dpmpp-2m"),  # the nearest
-        (["sample", "--steps", "0"], "0 is not in the range x>=1"),
-        (["sample", "--steps", "many"], "'many' is not a valid integer"),
-        (["sample", "--count", "0"], "0 is not in the range x>=1"),
-        (["sample", "--classes", "a-b"], "no list of numbers such as 0-9 or 3,5"),
-        (["sample", "--classes", ""], "no list of numbers such as 0-9 or 3,5"),
+        (["sample", "--steps", "0"], "1 to 10000 is allowed; got 0."),
+        (["sample", "--steps", "-3"], "1 to 10000 is allowed; got -3."),
+        (["sample", "--steps", "ten"], "'ten' is not a whole number."),
+        (["sample", "--steps", "10.5"], "'10.5' is not a whole number."),
+        (["sample", "--steps", "99999999999"], "1 to 10000 is allowed; got 99999999999."),
+        (["plan", "--steps", "9" * 5000], "1 to 10000 is allowed; got a number of 5000 digits."),
+        (["sample", "--count", "0"], "1 to 10000 is allowed; got 0."),
+        (["sample", "--seed", "9" * 20], "is allowed; got 99999999999999999999."),
+        (["sample", "--guidance", "1e300"], "-10000 to 10000 is allowed; got 1e300."),
+        (["sample", "--guidance", "nan"], "a finite number is needed; got nan."),
+        (["sample", "--guidance", "much"], "'much' is not a number."),
+        (["plan", "--t-max", "inf"], "a finite number is needed; got inf."),
+        (["sample", "--classes", "a-b"], "not a list of numbers such as 0-9 or 3,5"),
+        (["sample", "--classes", ""], "not a list of numbers such as 0-9 or 3,5"),
+        (["sample", "--classes", "0-" + "9" * 5000], "the list ends at 10000"),
+        (["compare", "--nfe", "1-99999999999"], "the list ends at 10000"),
         (["sample", "--classes", "9-0"], "ranges grow"),
         (["sample", "--classes", "3,10"], "the network knows the classes 0-9; got 10"),
         (["sample", "--out", "a.jpg"], "does not end in .png"),
@@ -163,13 +176,20 @@ def test_doctor_names_every_backend_and_the_versions():
         (["compare", "--solvers", "ddim,dpmp-2m"], "dpmpp-2m"),
         (["compare", "--nfe", "0-3"], "ranges grow, from 1 on"),
         (["plan", "--schedule", "vp-linera"], "'vp-linear'"),
+        (["sample", "--colour", "red"], "No such option"),
+        (["--colour"], "No such option"),
+        (["sample", "digits"], "unexpected extra argument"),
         (["paint"], "No such command"),
     ],
 )
-def test_a_wrong_command_exits_2_and_says_what_is_allowed(arguments, said):
+def test_a_wrong_command_exits_2_and_says_what_is_allowed_in_one_line(arguments, said):
     done = run(*arguments)
     assert done.exit_code == 2, done.output
-    assert said in done.output
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("--help")
+    assert said in line
     assert list(Path().iterdir()) == []
 
 
@@ -205,17 +225,57 @@ def test_a_folder_is_no_output():
 
 
 def test_a_path_that_cannot_be_written_is_found_before_the_work(monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", path)
 
     def never(*_, **__):
         raise AssertionError("the work was done")
 
-    monkeypatch.setattr(Path, "open", refuse)  # root could write anywhere
+    monkeypatch.setattr(os, "open", refuse)  # root could write anywhere
     monkeypatch.setattr(fd, "sample", never)
     done = run(*SAMPLE, "--out", "a.png")
     assert done.exit_code == 1
     assert "a.png cannot be written (Permission denied)" in done.output
+
+
+def test_a_device_is_no_output_and_stays():
+    Path("a.png").symlink_to("/dev/null")
+    done = run(*SAMPLE, "--out", "a.png")
+    assert done.exit_code == 1
+    assert "error: --out: a file is needed; got the device a.png" in done.output
+    assert Path("/dev/null").is_char_device()
+
+
+def test_pictures_that_are_not_finite_are_a_failure(monkeypatch):
+    def overflow(network, x, plan, **_):
+        return x / torch.tensor([0.0, 1.0, 1.0, 1.0]).view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(fd, "sample", overflow)
+    done = run(*SAMPLE, "--guidance", "9000")
+    assert done.exit_code == 1
+    assert "got 1 of 4 pictures with values that are not, at guidance 9000" in done.stderr
+    assert list(Path().iterdir()) == []
+
+
+def test_errors_that_are_not_finite_are_a_failure(monkeypatch):
+    monkeypatch.setattr(fd, "sample", lambda network, x, plan, **_: x * float("nan"))
+    done = run(*COMPARE)
+    assert done.exit_code == 1
+    assert "ddim with 4 steps on digits, 8x8 got values that are not" in done.stderr
+    assert list(Path().iterdir()) == []
+
+
+def test_nothing_from_a_plan_file_steers_the_terminal():
+    plan = fd.plan(fd.schedules.VPLinear(), "ddim", 2, prediction="v")
+    evil = "\x1b]0;owned\x07\x9b2J\u202egnp.\r"
+    Path("p.json").write_text(json.dumps({**json.loads(plan.to_json()), "solver": evil}))
+    for command in (["plan", "--load", "p.json"], ["sample", "--plan", "p.json", "--no-progress"]):
+        shown = run(*command)
+        assert all(c.isprintable() or c == "\n" for c in shown.output)
+        assert r"\x1b]0;owned\x07\x9b2J\u202egnp.\r" in shown.output
+    wrong = run("plan", "--load", evil)
+    assert wrong.exit_code == 1
+    assert all(c.isprintable() or c == "\n" for c in wrong.output)
 
 
 @pytest.mark.parametrize("command", [["plan", "--load"], ["sample", "--plan"]])
@@ -265,9 +325,36 @@ def test_the_installed_command_runs():
     assert done.stdout.startswith("name")
 
 
-def test_without_click_one_sentence_says_what_to_install():
-    code = "import sys; sys.modules['click'] = None; import fastdiff.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "fastdiff.cli", "solvers"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run("solvers").stdout
+
+
+WITHOUT_CLICK = """
+import sys
+sys.modules["click"] = None
+import fastdiff.cli
+print("imported")
+fastdiff.cli.main()
+"""
+
+
+def test_without_click_the_package_imports_and_the_command_says_what_to_install():
+    command = [sys.executable, "-c", WITHOUT_CLICK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
+    assert done.stdout == "imported\n"
     assert done.stderr.splitlines()[-1].endswith('Run: pip install "fastdiff-engine[cli]"')
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("module", "command"), [("PIL", SAMPLE), ("tqdm", COMPARE)])
+def test_a_missing_package_is_named(module, command, monkeypatch):
+    monkeypatch.delitem(sys.modules, "PIL.Image", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    done = run(*command)
+    assert done.exit_code == 1
+    assert f"this command needs {module}; it is not installed" in done.stderr
+    assert list(Path().iterdir()) == []

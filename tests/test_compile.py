@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from support.nets import Net
 from torch._dynamo.testing import CompileCounter
 
 import fastdiff as fd
@@ -14,20 +14,10 @@ import fastdiff as fd
 VP = fd.schedules.VPLinear()
 
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x, t, y=None):
-        shift = 0.0 if y is None else y[:, None]
-        return torch.tanh(self.linear(x) + shift) * (1 + 1e-3 * t[:, None].to(x.dtype))
-
-
 @pytest.fixture
 def net():
     torch._dynamo.reset()
-    return Net()
+    return Net(8)
 
 
 def plan_of(solver="deis-3", steps=4, **options):
@@ -162,7 +152,7 @@ def test_a_compiled_run_is_differentiated_by_the_compiler_or_refused(net):
 
 
 def test_noise_is_an_operator_with_a_fake_implementation():
-    importlib.import_module("fastdiff.traced")
+    importlib.import_module("fastdiff.engine.traced")
     arguments = (torch.arange(3), 1, (3, 5), torch.float32)
     torch.library.opcheck(torch.ops.fastdiff.normal.default, arguments)
     expected = fd.noise.normal((3, 5), torch.arange(3), 1)

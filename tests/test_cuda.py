@@ -20,20 +20,29 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from support.rows import (
+    DTYPES,
+    neutral,
+    random_output,
+    random_registers,
+    random_row,
+    raw,
+    shifted,
+    table_of,
+    written,
+)
 
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
-from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE, WHY_NOT = noise.cuda_core()
 CUDA = torch.device("cuda", 0)
 gpu = pytest.mark.gpu
 needs_module = pytest.mark.skipif(CORE is None, reason=str(WHY_NOT))
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 4, 16, 63, 65, 1023, 1024, 1025, 5000]
-SLOTS = 4
 
 
 # -- where the backend runs ------------------------------------------------------------------------
@@ -89,79 +98,6 @@ def usable() -> Iterator[None]:
 # -- rows and registers ----------------------------------------------------------------------------
 
 
-def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: int) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = row["push_x"] = -1
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["push"] = rng.integers(-1, SLOTS)
-        if rng.random() < 0.3:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def shifted(values: torch.Tensor, offset: int) -> torch.Tensor:
-    """The same values, contiguous, `offset` elements after an aligned address."""
-    store = torch.full((values.numel() + offset,), -7, dtype=values.dtype)
-    view = store[offset:].view(values.shape)
-    return view.copy_(values)
-
-
-def random_registers(
-    rng: np.random.Generator,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    layout: Layout,
-    with_e: bool = False,
-    m: torch.dtype | None = None,
-    offset: int = 0,
-) -> Registers:
-    """CPU registers; m and the slots are NaN, as `Registers` allows."""
-
-    def values(*sizes: int) -> torch.Tensor:
-        return shifted(torch.from_numpy(rng.normal(size=sizes)).to(state), offset)
-
-    copies = layout.branches * shape[0]
-    poison = None if m is None else torch.full((copies, *shape[1:]), torch.nan, dtype=m)
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if poison is None else shifted(poison, offset),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
 def moved(tensor: torch.Tensor | None, device: torch.device, offset: int) -> torch.Tensor | None:
     if tensor is None:
         return None
@@ -176,35 +112,15 @@ def on(device: torch.device, registers: Registers, offset: int = 0) -> Registers
         e=moved(registers.e, device, offset),
         history=moved(registers.history, device, offset),
         m=moved(registers.m, device, offset),
-        extras=tuple(moved(extra, device, offset) for extra in registers.extras),
+        bank=moved(registers.bank, device, offset),
         seeds=moved(registers.seeds, device, 0),
     )
-
-
-def written(registers: Registers) -> list[torch.Tensor]:
-    return [t for t in (registers.x, registers.e, registers.history, registers.m) if t is not None]
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    tensor = tensor.cpu().contiguous()
-    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def assert_same(got: Registers, wanted: Registers, context: object = None) -> None:
     """Equal to the bit, NaN included."""
     for a, b in zip(written(got), written(wanted), strict=True):
         assert raw(a) == raw(b), context
-
-
-def outputs(
-    rng: np.random.Generator, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype
-) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
-def table_of(*rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows))
 
 
 CPU = torch.device("cpu")
@@ -238,7 +154,7 @@ def test_a_stage_gives_the_bits_of_the_cpu_backend(device, usable, state, out_dt
         row = random_row(rng, layout, with_e, draws)
         shape = (batch, size)
         registers = random_registers(rng, shape, state, layout, with_e, m_dtype)
-        out = outputs(rng, shape, layout, out_dtype)
+        out = random_output(rng, shape, layout, out_dtype)
         xi = registers.x.new_tensor(rng.normal(size=shape)) if case % 4 == 2 else None
         there = on(device, registers, offset)
         run = backends.get("cuda").bind(there, table_of(row), layout)
@@ -258,7 +174,7 @@ def test_each_sample_may_stand_at_its_own_row(device, size):
         row[0] = int(row[0]) | EVALUATE
     shape = (9, size)
     registers = random_registers(rng, shape, torch.float32, layout, True, torch.bfloat16)
-    out = outputs(rng, shape, layout, torch.bfloat16)
+    out = random_output(rng, shape, layout, torch.bfloat16)
     index = torch.tensor([2, 0, 0, 4, 1, 1, 1, 3, 0])
     there = on(device, registers)
     run = backends.get("cuda").bind(there, table_of(*rows), layout, index.to(device))
@@ -311,7 +227,7 @@ def test_many_small_and_few_large_samples(device, shape, draws):
     row = random_row(rng, layout, with_e=False, draws=draws)
     row[0] = int(row[0]) | EVALUATE | WRITES_X
     registers = random_registers(rng, shape, torch.float32, layout, False, torch.bfloat16)
-    out = outputs(rng, shape, layout, torch.bfloat16)
+    out = random_output(rng, shape, layout, torch.bfloat16)
     there = on(device, registers)
     backends.get("cuda").bind(there, table_of(row), layout)(0, out.to(device), None)
     backends.get("cpu").bind(registers, table_of(row), layout)(0, out, None)
@@ -364,12 +280,15 @@ def test_normals_are_those_of_every_backend(device, host_core, shape, dtype):
 @pytest.mark.parametrize("indexed", [False, True])
 def test_a_coefficient_of_zero_never_reads_its_register(device, indexed):
     layout = Layout(terms=2, branches=2, extras=1)
-    row = dict.fromkeys(layout.columns, 0.0)
+    row = neutral(layout)
     row.update(flags=EVALUATE | WRITES_X, push=1, b_0=1.0, k_1=2.0, n_terms=2, slot_0=0, slot_1=1)
     row = np.array([row[name] for name in layout.columns])
     poison = torch.full((2, 9), torch.nan, device=device)
     registers = Registers(
-        x=poison.clone(), e=poison.clone(), history=torch.stack([poison] * 2), extras=(poison,)
+        x=poison.clone(),
+        e=poison.clone(),
+        history=torch.stack([poison] * 2),
+        bank=poison[None].clone(),
     )
     out = torch.cat([poison, torch.ones(2, 9, device=device)])
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
@@ -412,7 +331,7 @@ def test_a_table_on_the_device_is_used_where_it_lies(device):
 def test_the_row_may_be_told_on_the_device(device):
     rng = np.random.default_rng(11)
     registers = random_registers(rng, (2, 40), torch.float32, NOISY.layout)
-    out = outputs(rng, (2, 40), NOISY.layout, torch.float32)
+    out = random_output(rng, (2, 40), NOISY.layout, torch.float32)
     there, table = on(device, registers), torch.tensor(NOISY.table)
     at = torch.zeros(1, dtype=torch.int64, device=device)
     run = backends.get("cuda").bind(there, table, NOISY.layout, None, at)
@@ -441,7 +360,7 @@ def test_a_row_that_only_the_device_knows_is_refused_there(device, usable, bad):
     run.check()
 
 
-@pytest.mark.parametrize(("name", "value"), [("push", 9.0), ("flags", 64.0), ("stream_1", np.nan)])
+@pytest.mark.parametrize(("name", "value"), [("push", 9.0), ("flags", 128.0), ("stream_1", np.nan)])
 def test_a_row_made_illegal_on_the_device_writes_nothing(device, usable, name, value):
     registers = Registers(
         x=torch.ones(3, 8, device=device),
@@ -551,11 +470,15 @@ def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
         rows = [random_row(rng, layout, True, draws=k % 3) for k in range(5)]
         for row in rows[case % 2 :: 2]:
             row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
-            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.01, 0.5, 2.0])
+            limits = layout.column("quantile")
+            row[limits : limits + 2] = (
+                rng.choice([0.3, 0.9, 0.995, 1.0]),
+                rng.choice([0.01, 0.5, 2.0]),
+            )
         for row in rows:
             row[0] = int(row[0]) | EVALUATE
         registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
-        wide = outputs(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
+        wide = random_output(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
         index = torch.from_numpy(rng.permutation(5)[:batch]) if case % 3 else None
         there = on(device, registers, offset)
         given = wide.to(device)[:, offset : offset + size]
@@ -602,7 +525,7 @@ def test_rows_threshold_where_one_did_when_the_table_was_checked(device, usable,
     run.refresh(table)
     run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
-    run.table[0, plan.layout.columns.index("clip_hi")] = 4.0  # the floor
+    run.table[0, plan.layout.columns.index("floor")] = 4.0  # the floor
     run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 0.5))
     run.table.copy_(none)
@@ -674,15 +597,13 @@ def test_samples_too_large_to_count_are_refused(host_core):
         ({"m": torch.ones(3, 4)}, ValueError, r"m is \[2, 4\]"),
         ({"m": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "m is in"),
         ({"seeds": torch.ones(3, dtype=torch.int64)}, ValueError, r"seeds is \[2\]"),
-        ({"extras": (torch.ones(2, 4),)}, ValueError, "names 0 extra registers; got 1"),
+        ({"bank": torch.ones(1, 2, 5)}, ValueError, r"bank is \[1, 2, 4\]"),
     ],
 )
 def test_wrong_registers_are_refused_when_bound(device, usable, change, error, message):
     change = {
         k: v if isinstance(v, tuple) or v.is_meta else v.to(device) for k, v in change.items()
     }
-    if "extras" in change:
-        change["extras"] = tuple(t.to(device) for t in change["extras"])
     registers = dataclasses.replace(Registers(x=torch.ones(2, 4, device=device)), **change)
     with pytest.raises(error, match=message):
         backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
@@ -745,7 +666,7 @@ def test_a_row_outside_the_table_is_refused(device, usable, row):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("flags", 64.0, "flags"),
+        ("flags", 128.0, "flags"),
         ("push", 9.0, "slots"),
         ("slot_0", 1e300, "slots"),
         ("n_terms", 2.0, "fit the layout"),
@@ -829,7 +750,9 @@ def test_without_the_module_status_says_how_to_build_it(monkeypatch):
     try:
         assert "FASTDIFF_CUDA=1 pip install" in backends.status()["cuda"]
         with pytest.raises(RuntimeError, match="FASTDIFF_CUDA=1 pip install"):
-            backends.get("cuda").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, 21), Layout(0))
+            backends.get("cuda").bind(
+                Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout()
+            )
     finally:
         monkeypatch.undo()
         noise.cuda_core.cache_clear()
@@ -923,7 +846,7 @@ def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory
 def test_stages_run_on_the_current_stream():
     rng = np.random.default_rng(12)
     registers = random_registers(rng, (4, 1 << 16), torch.float32, NOISY.layout)
-    out = outputs(rng, (4, 1 << 16), NOISY.layout, torch.float32)
+    out = random_output(rng, (4, 1 << 16), NOISY.layout, torch.float32)
     table, given = torch.tensor(NOISY.table), out.to(CUDA)
     streams = [torch.cuda.Stream(CUDA) for _ in range(2)]
     results = []
@@ -953,7 +876,10 @@ def test_registers_on_another_device_than_the_current_one():
     rng = np.random.default_rng(13)
     other = torch.device("cuda", 1)
     registers = random_registers(rng, (2, 999), torch.float32, NOISY.layout)
-    out, table = outputs(rng, (2, 999), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
+    out, table = (
+        random_output(rng, (2, 999), NOISY.layout, torch.float32),
+        torch.tensor(NOISY.table),
+    )
     there = on(other, registers)
     with torch.cuda.device(0):
         backends.get("cuda").bind(there, table, NOISY.layout)(0, out.to(other), None)
@@ -971,7 +897,7 @@ def test_registers_on_another_device_than_the_current_one():
 def test_replay_reads_the_new_table(indexed):
     rng = np.random.default_rng(14)
     registers = random_registers(rng, (3, 50), torch.float32, NOISY.layout, m=torch.bfloat16)
-    out, table = outputs(rng, (3, 50), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
+    out, table = random_output(rng, (3, 50), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
     index = torch.tensor([1, 0, 1]) if indexed else None
     there, given = on(CUDA, registers), out.to(CUDA)
     at = torch.zeros(1, dtype=torch.int64, device=CUDA)
@@ -1015,7 +941,7 @@ def test_a_replay_thresholds_by_the_new_table(state, indexed):
     for row in rows:
         row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
     registers = random_registers(rng, (3, 20_003), state, layout, m=torch.bfloat16)
-    outs = [outputs(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
+    outs = [random_output(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
     index = torch.tensor([1, 0, 1]) if indexed else None
     at = torch.zeros(1, dtype=torch.int64, device=CUDA)
     there, start, given = on(CUDA, registers), on(CUDA, registers), outs[0].to(CUDA)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captured loops: what is recorded, when it is used again, and what is refused.
 
-On a CPU a recorder stands in for the device (tests/recording.py); the tests marked gpu say the same
-of CUDA graphs, and what only a device can show.
+On a CPU a recorder stands in for the device (tests/support/recorder.py); the tests marked gpu say
+the same of CUDA graphs, and what only a device can show.
 """
 
 import copy
@@ -13,12 +13,13 @@ from functools import partial
 
 import pytest
 import torch
+from support.nets import Net
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
-from fastdiff import graphs
+from fastdiff import capture
 
 VP = fd.schedules.VPLinear()
 MODES = pytest.mark.parametrize("mode", ["loop", "stage"])
@@ -31,26 +32,20 @@ def network(x, t, y=None):
     return torch.tanh(x + shift) * (1 + 1e-3 * t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
 
 
-class Net(nn.Module):
-    def __init__(self, n=5):
-        super().__init__()
-        self.linear = nn.Linear(n, n)
-        self.drop = nn.Dropout(0.5)
-        self.eval()
-
-    def forward(self, x, t):
-        return torch.tanh(self.drop(self.linear(x)))
-
-
 def plan_of(solver="deis-3", steps=6, **options):
     return fd.plan(VP, solver, steps, prediction="v", **{"t_max": 0.9, **options})
 
 
+def entries_of(sampler):
+    """The captures that a sampler keeps."""
+    captures = sampler._captured._captures.values()
+    return [entry for each in captures for entry in each._entries.values()]
+
+
 def poisoned(sampler):
     """Fills what captures write with NaN, the table and the inputs excepted."""
-    for captures in sampler._captures.values():
-        for entry in captures._entries.values():
-            registers = entry.run.registers
+    for entry in entries_of(sampler):
+        for registers in [getattr(entry.run, "run", entry.run).registers]:
             for tensor in (registers.x, registers.e, registers.history, registers.m):
                 if tensor is not None:
                     tensor.fill_(float("nan"))
@@ -258,10 +253,10 @@ def test_neither_a_plan_nor_its_table_is_changed_by_a_run(recorder):
     text, table = plan.to_json(), plan.table.copy()
     sampler = fd.Sampler(network, plan, graph="stage")
     sampler(x, seed=0)
-    (entry,) = next(iter(sampler._captures.values()))._entries.values()
-    own = entry.run.table.clone()
+    (entry,) = entries_of(sampler)
+    own = entry.run.run.table.clone()
     sampler(x, seed=1)
-    assert torch.equal(entry.run.table, own)
+    assert torch.equal(entry.run.run.table, own)
     assert plan.to_json() == text
     assert (plan.table == table).all()
 
@@ -299,7 +294,7 @@ def test_the_least_recently_used_goes_first(recorder):
     sampler(middle)
     sampler(small)  # middle is now the older one
     sampler(large)
-    assert sampler.stats() == graphs.Stats(3, 4, 1, 2, sampler.stats().bytes)
+    assert sampler.stats() == capture.Stats(3, 4, 1, 2, sampler.stats().bytes)
     sampler(small)
     assert sampler.stats().captures == 3
     sampler(middle)
@@ -465,7 +460,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 @pytest.mark.parametrize("change", [_in_place, _assign, _data, _submodule, _train])
 def test_weights_that_move_are_captured_again(change, wrap, recorder):
-    plan, x, net = plan_of(), torch.randn(3, 5), Net()
+    plan, x, net = plan_of(), torch.randn(3, 5), Net(dropout=0.5).eval()
     sampler = fd.Sampler(WRAPPERS[wrap](net), plan, graph="loop")
     sampler(x)
     change(net)
@@ -519,7 +514,7 @@ def test_release_is_for_changes_that_cannot_be_seen(recorder):
 
 @needs_core
 def test_the_callers_random_numbers_are_left_as_an_eager_run_leaves_them(recorder):
-    plan, x, net = plan_of(), torch.randn(3, 5), Net().train()
+    plan, x, net = plan_of(), torch.randn(3, 5), Net(dropout=0.5)
     torch.manual_seed(1)
     expected = fd.sample(net, x, plan)
     after = torch.get_rng_state()
@@ -548,7 +543,7 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
 
 @needs_core
 def test_two_threads_with_a_sampler_each_share_a_network(recorder):
-    net = Net()
+    net = Net(dropout=0.5).eval()
     plans = [plan_of("deis-3"), plan_of("dpmpp-2m")]
     x = torch.randn(4, 5)
     expected = [fd.sample(net, x, plan) for plan in plans]
@@ -667,7 +662,7 @@ def test_the_rule_that_a_network_broke_is_named(message, where, recorder):
         recorder.failure = RuntimeError(text)
     with pytest.raises(RuntimeError, match=f"{rule}.*graph=None"):
         sampler(x)
-    assert sampler.stats() == graphs.Stats()
+    assert sampler.stats() == capture.Stats()
     recorder.synchronises = recorder.failure = None
     assert torch.equal(sampler(x), fd.sample(network, x, plan_of()))  # usable
     assert recorder.pools == (1 if where == "rehearsal" else 2)  # a broken pool is not used again
@@ -739,8 +734,8 @@ def test_what_a_graph_reads_outlives_the_call_that_made_it(case, recorder, monke
         return lambda: None  # like a graph's own replay it holds nothing
 
     recorder.record = record
-    monkeypatch.setattr(graphs, "difference", lambda *_: None)
-    plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net()
+    monkeypatch.setattr("fastdiff.capture.refusals.difference", lambda *_: None)
+    plan, x, net = plan_of("deis-3"), torch.randn(3, 5), Net(dropout=0.5).eval()
     guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
     cond = {"y": torch.randn(3)} if guidance else None
     gradient = {"gradient": "discrete", "adjoint": fd.AdjointDEIS(2)}.get(case)
@@ -803,7 +798,7 @@ def test_cancellation_between_replays_leaves_a_usable_sampler(recorder):
     plan, x = plan_of(), torch.randn(3, 5)
     sampler = fd.Sampler(network, plan, graph="stage")
     expected = sampler(x)
-    (captures,) = sampler._captures.values()
+    (captures,) = sampler._captured._captures.values()
     launch, count = captures.launch, []
 
     def interrupted(*arguments):
@@ -824,11 +819,11 @@ def test_cancellation_between_replays_leaves_a_usable_sampler(recorder):
 
 @needs_core
 def test_a_copy_is_a_sampler_of_its_own(recorder):
-    net, plan, x = Net(), plan_of(), torch.randn(3, 5)
+    net, plan, x = Net(dropout=0.5).eval(), plan_of(), torch.randn(3, 5)
     sampler = fd.Sampler(net, plan, graph=fd.Graph("loop", loops=3))
     expected = sampler(x)
     copied = copy.deepcopy(sampler)
-    assert copied.stats() == graphs.Stats()
+    assert copied.stats() == capture.Stats()
     assert copied.network is not net
     assert copied.plan is plan
     with torch.no_grad():
@@ -901,7 +896,7 @@ def test_gpu_a_replay_neither_allocates_nor_waits(mode):
 
 @pytest.mark.gpu
 def test_gpu_two_samplers_on_two_streams():
-    x, net = on_gpu((64, 5)), Net().cuda()
+    x, net = on_gpu((64, 5)), Net(dropout=0.5).eval().cuda()
     plans = [plan_of("deis-3"), plan_of("ddim")]
     expected = [fd.sample(net, x, plan, graph=None) for plan in plans]
     samplers = [fd.Sampler(net, plan, graph="loop") for plan in plans]
@@ -1001,7 +996,7 @@ def test_gpu_ten_thousand_replays_without_growth():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gpu_autocast_is_part_of_the_key_and_leaves_no_trace(dtype):
-    x, net, plan = on_gpu((3, 5)), Net().cuda(), plan_of()
+    x, net, plan = on_gpu((3, 5)), Net(dropout=0.5).eval().cuda(), plan_of()
     sampler = fd.Sampler(net, plan, graph="loop")
     plain = sampler(x)
     with torch.autocast("cuda", dtype=dtype):
@@ -1055,7 +1050,7 @@ def test_gpu_the_newer_precision_settings_are_read():
 
 @pytest.mark.gpu
 def test_gpu_random_networks_draw_as_an_eager_run_does():
-    x, net, plan = on_gpu((64, 5)), Net().cuda().train(), plan_of()
+    x, net, plan = on_gpu((64, 5)), Net(dropout=0.5).cuda(), plan_of()
     torch.cuda.manual_seed(1)
     expected = fd.sample(net, x, plan, graph=None)
     after = torch.cuda.get_rng_state()
@@ -1068,7 +1063,7 @@ def test_gpu_random_networks_draw_as_an_eager_run_does():
 
 @pytest.mark.gpu
 def test_gpu_a_compiled_network_is_captured():
-    x, net, plan = on_gpu((3, 5)), Net().cuda(), plan_of()
+    x, net, plan = on_gpu((3, 5)), Net(dropout=0.5).eval().cuda(), plan_of()
     compiled = torch.compile(net)
     expected = fd.sample(net, x, plan, graph=None)
     sampler = fd.Sampler(compiled, plan, graph="loop")

@@ -6,13 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.core import native, needs_core
 
 from fastdiff import noise
 from fastdiff.plans import Plan, Stage
-
-native = noise.native
-needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")
-INSTRUCTION_SETS = native.instruction_sets() if native is not None else []
 
 # Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, words.
 KNOWN = [
@@ -35,14 +32,6 @@ KNOWN = [
 
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**63 - 2, 2**63, 2**64 - 2, -5, 0x0123456789ABCDEF]
 SHAPES = [(1, 1), (3, 5), (2, 3, 4), (64, 16), (5, 63), (3, 64), (2, 255), (2, 257), (1, 4099)]
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from lower layers and from its own. The package itself (""),
 # which gathers the names of those below it, is open to the last layer only.
 LAYERS = (
-    {"_text", "_native", "kernels"},
+    {"_files", "_text", "_native", "kernels"},
     {"schedules", "grids", "plan", "noise", "transpose"},
     {"solvers", "backends"},
     {"sampler", "guidance", "graphs", "gradients", "traced", "batcher", "reference"},
@@ -177,10 +177,10 @@ PUBLIC = {
     "fastdiff.grids": "build names",
     "fastdiff.models": "DigitsClassifier DigitsDiT EmpiricalDenoiser ExactModel GaussianMixture "
     "digits digits_classifier digits_data",
-    "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule VE VPCosine VPDiscrete "
-    "VPLinear prediction_name",
+    "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
+    "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS Reversible RhoAB RhoRK Rows Solver TABLEAUS get info names plan",
+    "Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
 }
 
 

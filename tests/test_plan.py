@@ -50,6 +50,33 @@ def test_saved_plan_loads_bit_for_bit(plan, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
 
 
+def test_a_loaded_plan_has_its_schedule():
+    for schedule in (VP, fd.schedules.VPDiscrete.scaled_linear(), fd.schedules.FlowMatching()):
+        plan = fd.plan(schedule, "ddim", 3, prediction="v")
+        loaded = Plan.from_json(plan.to_json())
+        assert loaded.schedule == schedule
+        assert str(loaded) == str(plan)
+        assert str(schedule) in str(plan)
+    custom = fd.schedules.Custom(lambda t: 1.0 - t, lambda t: t, name="line")
+    loaded = Plan.from_json(fd.plan(custom, "ddim", 3, prediction="v").to_json())
+    assert loaded.schedule == custom
+    with pytest.raises(ValueError, match="line"):
+        loaded.schedule.alpha(0.5)
+    assert two().schedule is None
+    assert Plan.from_json(two().to_json()) == two()
+    with pytest.raises(TypeError, match="schedule is a fastdiff"):
+        dataclasses.replace(two(), schedule="VPLinear()")
+
+
+def test_two_schedules_make_two_plans():
+    linear, other = (
+        fd.plan(schedule, "ddim", 3, grid=(0.9, 0.6, 0.3, 0.1))
+        for schedule in (VP, fd.schedules.Custom(VP.alpha, VP.sigma, name="the same numbers"))
+    )
+    assert dataclasses.replace(other, schedule=VP, stages=linear.stages) == linear
+    assert linear != dataclasses.replace(linear, schedule=other.schedule)
+
+
 def test_plan_and_its_table_are_immutable():
     plan = ALL[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -198,7 +225,10 @@ def test_rows_of_the_wrong_kind_are_refused():
     ("times", "says"),
     [
         ((1.0, 1.0, 0.1), "strictly decrease"),
-        ((0.1, 0.5, 1.0), "strictly decrease"),
+        ((0.1, 1.0, 0.5), "strictly decrease"),
+        ((1.0, 0.5, 1.0), r"draws noise; got times\[1\] = 0.5, times\[2\] = 1.0"),
+        ((0.1, 1.0, 1.0), "times are finite and strictly"),
+        ((math.inf, 1.0), "times are finite"),
         ((1.0, math.nan, 0.1), "strictly decrease"),
         ((1.0,), "at least two times"),
     ],
@@ -206,6 +236,26 @@ def test_rows_of_the_wrong_kind_are_refused():
 def test_times_that_do_not_decrease_are_refused(times, says):
     with pytest.raises(ValueError, match=says):
         Plan(stages=(Stage(t=1.0),), times=times)
+
+
+def test_a_plan_that_encodes_rises_throughout():
+    plan = Plan((Stage(t=0.1, b=(1.0,)), Stage(t=0.5, b=(1.0,))), (0.1, 0.5, 1.0))
+    assert (plan.ascends, plan.descends) == (True, False)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert (two().ascends, two().descends) == (False, True)
+
+
+def test_times_rise_where_a_stage_between_them_draws_noise():
+    down, renoise = Stage(t=1.0, b=(1.0,)), {"evaluate": False, "c": 1.0, "noise": ((1, 1.0),)}
+    up, last = Stage(t=0.2, **renoise), Stage(t=0.6, b=(1.0,))
+    plan = Plan((down, up, last), (1.0, 0.2, 0.6, 0.0))
+    assert (plan.ascends, plan.descends) == (False, False)
+    with pytest.raises(ValueError, match="rise where a stage between"):
+        Plan((down, last), (1.0, 0.2, 0.6, 0.0))
+    with pytest.raises(ValueError, match=r"got times\[3\] = 0.2"):  # one draw, two rises
+        Plan((down, up, last), (1.0, 0.2, 0.6, 0.2, 0.6, 0.0))
+    with pytest.raises(ValueError, match="got times"):  # drawn elsewhere
+        Plan((Stage(t=0.9, **renoise), down, last), (1.0, 0.2, 0.6, 0.0))
 
 
 def test_a_plan_ends_in_x():
@@ -218,7 +268,7 @@ def test_a_plan_ends_in_x():
 def _json(**changes):
     data = json.loads(two().to_json())
     data.update(changes)
-    return json.dumps({k: v for k, v in data.items() if v is not None})
+    return json.dumps({k: v for k, v in data.items() if v != "left out"})
 
 
 @pytest.mark.parametrize(
@@ -230,13 +280,16 @@ def _json(**changes):
         ('{"hello": 1}', "not a plan"),
         (_json(version=99), "newer fastdiff"),
         (_json(version="1"), "positive integer"),
+        (_json(version=1), "version 1, and this fastdiff reads version 2. Make the plan again"),
+        (_json(schedule="VPLinear"), "schedule is an object or null; got 'VPLinear'"),
+        (_json(schedule={"kind": "VPLiner"}), "schedule: .*'VPLinear'"),
         (_json(colour="red"), "unknown field 'colour'"),
-        (_json(times=None), "'times' is missing"),
+        (_json(times="left out"), "'times' is missing"),
         (_json(stages=[{"t": 1.0, "q_x": 1.0}]), "stage 0 has the unknown field 'q_x'"),
         (_json(stages=[{"a_x": 1.0}]), "stage 0 has no t"),
         (_json(stages=[{"t": 1.0, "a_x": "x"}]), "stage 0: .*a_x is a float"),
         (_json(stages=3), "list of objects"),
-        (_json(times=[0.1, 0.5, 1.0]), "strictly decrease"),
+        (_json(times=[0.1, 1.0, 0.5]), "strictly decrease"),
         (_json(solver=3), "solver is a string"),
         (_json(prediction="banana"), "unknown name 'banana'"),
         (_json(variable="eps_ilon"), "'epsilon'"),
@@ -288,3 +341,139 @@ def test_weights_of_branches_are_folded_into_the_table():
     plan = fd.plan(VP, "ddim", 2)
     packed = plan.pack((-1.0, 2.0))
     np.testing.assert_array_equal(packed[:, -4::2], [[-1.0, 2.0]] * 2)
+
+
+GROWN = (
+    Stage(
+        t=1.0,
+        d_x=1.0,
+        g=(0.5,),
+        d_new=0.3,
+        noise=((1, 1.0),),
+        products=(
+            fd.plans.Product("y", 0.5, 0, "point"),
+            fd.plans.Product("x", 0.2, 1, "bank", 3),
+            fd.plans.Product("e", 1.0, 0, "new"),
+        ),
+        scalars={"w_1": 1, "g_0": 1},
+        measures=(
+            fd.plans.Measure(
+                1,
+                fd.plans.Reduction("dot", ("out", 1), ("xi",)),
+                fd.plans.Reduction("norm", ("y",)),
+                2.0,
+            ),
+        ),
+    ),
+    Stage(
+        t=0.5,
+        b=(0.5, 0.1),
+        u=0.2,
+        v=0.3,
+        b_raw=0.1,
+        clip=(-1.0, 1.0),
+        noise=((2, 1.0),),
+        products=(
+            fd.plans.Product("x", 1.0, 2, "new"),
+            fd.plans.Product("x", 1.0, 2, "xi"),
+            fd.plans.Product("e", 0.0, 2, "h"),
+        ),
+    ),
+    Stage(t=0.25, b=(0.5,), products=(fd.plans.Product("x", 1.0, 2, "history", 2),)),
+)
+
+
+def test_products_scalars_and_measures_are_counted_packed_and_saved():
+    plan = Plan(GROWN, (1.0, 0.5, 0.25, 0.0))
+    assert (plan.extras, plan.scalars, plan.branches, plan.slots) == (4, 2, 2, 1)
+    assert plan.stochastic
+    assert (plan.layout.products, plan.layout.measures) == (3, 1)
+    rows = plan.rows((1.0, 2.0))
+    assert fd.plans.decode(plan.pack((1.0, 2.0)), plan.layout) == rows
+    assert (rows[0].scalar_k, rows[0].scalar_g, rows[0].scalar_b) == ((-1, 1), 1, -1)
+    assert (rows[1].u, rows[1].v, rows[1].b_raw) == (0.2, 0.3, 0.1)
+    assert [p.of for p in rows[1].products] == ["new", "xi"]  # a weight of 0 is left out
+    assert [(p.of, p.at) for p in rows[2].products] == [("slot", rows[0].push)]
+    assert rows[0].push >= 0
+    assert rows[0].draws == ((1, 1.0),)  # drawn, though c and c_e are 0
+    loaded = Plan.from_json(plan.to_json())
+    assert loaded == plan
+    assert loaded.table.tobytes() == plan.table.tobytes()
+    with pytest.raises(ValueError, match="name 2 guidance branches; got weights of 1"):
+        plan.pack((1.0,))
+
+
+def test_what_reads_the_new_x_reads_x_where_x_stays():
+    products = (fd.plans.Product("e", 2.0, 0, "new"),)
+    stays = Stage(t=1.0, d_x=1.0, d_new=0.5, products=products)
+    moves = dataclasses.replace(stays, b=(1.0,))
+    end = Stage(t=0.5)
+    row = Plan((stays, end), (1.0, 0.0)).rows()[0]
+    assert (row.d_x, row.d_new, row.products[0].of) == (1.5, 0.0, "x")
+    row = Plan((moves, end), (1.0, 0.0)).rows()[0]
+    assert (row.d_x, row.d_new, row.products[0].of) == (1.0, 0.5, "new")
+
+
+def test_a_threshold_may_have_a_ceiling():
+    plan = fd.plan(VP, "dpmpp-2m", 3, threshold=(0.9, 1.5))
+    stages = [dataclasses.replace(s, threshold=(0.9, 1.5, 2.0)) for s in plan.stages]
+    assert {row.ceiling for row in dataclasses.replace(plan, stages=stages).rows()} == {2.0}
+    assert {row.ceiling for row in plan.rows()} == {math.inf}
+    assert Stage(t=1.0, threshold=(0.9, 1.5, math.inf)).threshold == (0.9, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda P, M, R: P("z", 1.0, 0, "x"), "into is one of"),
+        (lambda P, M, R: P("y", 1.0, 0, "x"), "a product into 'y' is of 'point'"),
+        (lambda P, M, R: P("x", 1.0, 0, "point"), "a product into 'x' is of"),
+        (lambda P, M, R: P("x", math.nan, 0, "x"), "weight = nan"),
+        (lambda P, M, R: P("x", 1.0, -1, "x"), "entry is an integer from 0"),
+        (lambda P, M, R: P("x", 1.0, 0, "history"), "at is an integer from 1"),
+        (lambda P, M, R: P("x", 1.0, 0, "x", 1), "at belongs to products of"),
+        (lambda P, M, R: R("mean", ("x",)), "kind is one of"),
+        (lambda P, M, R: R("sum", ("h",)), "operands are"),
+        (lambda P, M, R: R("sum", ("out",)), "operands are"),
+        (lambda P, M, R: R("sum", ("x", 0)), "operands are"),
+        (lambda P, M, R: R("norm", ("x",), ("e",)), "only a dot product"),
+        (lambda P, M, R: R("quantile", ("x",), rank=0.0), "0 < rank <= 1"),
+        (lambda P, M, R: M(-1, R("sum", ("x",))), "into is an integer from 0"),
+        (lambda P, M, R: M(0, R("sum", ("x",)), power=math.inf), "power = inf"),
+        (lambda P, M, R: two(products=[P("x", 1.0, 0, "x")] * 9), "at most 8 products"),
+        (
+            lambda P, M, R: two(products=[P("x", 1.0, 0, "new"), P("x", 1.0, 0, "x")]),
+            "after the product of 'new'",
+        ),
+        (
+            lambda P, M, R: two(products=[P("x", 1.0, 0, "new"), P("x", 1.0, 0, "new")]),
+            "after the product of 'new'",
+        ),
+        (lambda P, M, R: two(products=[P("x", 1.0, 0, "xi")]), "a product reads a noise that"),
+        (lambda P, M, R: two(products=[P("x", 1.0, 0, "e")]), "reads e .by a product"),
+        (
+            lambda P, M, R: two(products=[P("x", 1.0, 0, "history", 1)]),
+            "reads one from 1 evaluations before",
+        ),
+        (
+            lambda P, M, R: two(b=(), evaluate=False, products=[P("x", 1.0, 0, "h")]),
+            "there is no output; got a product of 'h'",
+        ),
+        (lambda P, M, R: two(b=(), evaluate=False, b_raw=1.0), "no h; got b_raw"),
+        (lambda P, M, R: two(b=(), evaluate=False, u=1.0), "no h; got u or v"),
+        (
+            lambda P, M, R: two(b=(), evaluate=False, measures=[M(0, R("sum", ("y",)))]),
+            "a measure of 'y'",
+        ),
+        (lambda P, M, R: two(measures=[M(0, R("sum", ("e",)))]), "reads e .by a measure"),
+        (lambda P, M, R: two(measures=[M(0, R("sum", ("xi",)))]), "a measure reads a noise"),
+        (lambda P, M, R: two(scalars={"b_0": 0}), "only columns of S that a measure wrote"),
+        (lambda P, M, R: two(scalars={"a_x": 0}), "a scalar multiplies"),
+        (lambda P, M, R: two(scalars=(("c", 0), ("c", 1))), "got two of 'c'"),
+        (lambda P, M, R: two(threshold=(0.9, 1.5, 1.0)), "floor <= ceiling"),
+        (lambda P, M, R: two(threshold=(0.9, 1e300)), "at most 3.4e.38"),
+    ],
+)
+def test_growths_that_cannot_run_are_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make(fd.plans.Product, fd.plans.Measure, fd.plans.Reduction)

@@ -10,29 +10,40 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.core import INSTRUCTION_SETS, native, needs_core
+from support.rows import (
+    DTYPES,
+    SLOTS,
+    copied,
+    entries,
+    random_output,
+    random_registers,
+    random_row,
+    raw,
+    table_of,
+    written,
+)
 
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cpu as cpu_module
-from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import (
+    AT_E,
+    CLIP,
+    EVALUATE,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    Plan,
+    Stage,
+)
 
-native = noise.native
-needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")
-INSTRUCTION_SETS = native.instruction_sets() if native is not None else []
 BACKENDS = [
     pytest.param(name, marks=needs_core if name == "cpu" else ()) for name in ("torch", "cpu")
 ]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 15, 16, 63, 65, 1023, 1024, 1025, 5000]
-SLOTS = 6
-
-
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    before = native.instruction_set()
-    native.use_instruction_set(request.param)
-    yield request.param
-    native.use_instruction_set(before)
 
 
 @pytest.fixture
@@ -42,102 +53,12 @@ def threads():
     torch.set_num_threads(before)
 
 
-# -- rows and registers ------------------------------------------------------------------------
-
-
-def random_row(rng: np.random.Generator, layout: Layout, with_e: bool, draws: int) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row["push"] = row["push_x"] = -1
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), g_0=coefficient() * with_e)
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["push"] = rng.integers(-1, SLOTS)
-        if rng.random() < 0.3:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def random_registers(
-    rng: np.random.Generator,
-    shape: tuple[int, ...],
-    state: torch.dtype,
-    layout: Layout,
-    with_e: bool = False,
-    m: torch.dtype | None = None,
-) -> Registers:
-    def values(*sizes: int) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(size=sizes)).to(state)
-
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if m is None else torch.zeros(layout.branches * shape[0], *shape[1:], dtype=m),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
-def random_output(
-    rng: np.random.Generator, shape: tuple[int, ...], layout: Layout, dtype: torch.dtype
-) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
-def copied(registers: Registers) -> Registers:
-    return dataclasses.replace(
-        registers,
-        x=registers.x.clone(),
-        e=None if registers.e is None else registers.e.clone(),
-        history=registers.history.clone(),
-        m=None if registers.m is None else registers.m.clone(),
-    )
-
-
-def written(registers: Registers) -> list[torch.Tensor]:
-    return [t for t in (registers.x, registers.e, registers.history, registers.m) if t is not None]
+# -- one stage ---------------------------------------------------------------------------------
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the bit, NaN included."""
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-def table_of(*rows: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.stack(rows))
 
 
 def run_once(
@@ -194,7 +115,7 @@ def formula(registers: Registers, row: np.ndarray, layout: Layout, out, xi) -> S
         branches = out.reshape(layout.branches, *shape)
         h = Sum([*((v[f"k_{g}"], branches[g]) for g in range(layout.branches)), (v["p"], point)])
         if flags & CLIP:
-            h.value = np.clip(h.value, v["clip_lo"], v["clip_hi"])
+            h.value = np.clip(h.value, v["lo"], v["hi"])
     if xi is None and v["draws"]:
         ks = range(1, int(v["draws"]) + 1)
         draw = [noise.normal(shape, registers.seeds, int(v[f"stream_{k}"])) for k in ks]
@@ -204,7 +125,7 @@ def formula(registers: Registers, row: np.ndarray, layout: Layout, out, xi) -> S
     def total(names: tuple[str, ...], past: str, extra: str) -> Sum:
         weights = [v[name] for name in names]
         slots = [(v[f"{past}_{k}"], history[int(v[f"slot_{k}"])]) for k in terms]
-        extras = [(v[f"{extra}_{i}"], r) for i, r in enumerate(registers.extras)]
+        extras = [(v[f"{extra}_{i}"], r) for i, r in enumerate(entries(registers))]
         head = list(zip(weights[:3], (x, e, h), strict=True))
         return Sum([*head, *slots, (weights[3], xi), *extras])
 
@@ -213,7 +134,7 @@ def formula(registers: Registers, row: np.ndarray, layout: Layout, out, xi) -> S
         x_next = total(("a_x", "a_e", "b_0", "c"), "past_b", "r")
     if flags & WRITES_E:
         e_next = total(("d_x", "d_e", "g_0", "c_e"), "past_g", "s")
-    if registers.m is not None and v["c_in_next"]:
+    if registers.m is not None and flags & WRITES_M:
         m = Sum([(v["c_in_next"], e_next or x_next or x)])
     pushes = {int(v["push"]): h, int(v["push_x"]): Sum([(1.0, x)]) if v["push_x"] >= 0 else None}
     return SimpleNamespace(x=x_next, e=e_next, pushes=pushes, m=m, v=v)
@@ -225,7 +146,7 @@ def poison_unread(registers: Registers, row: np.ndarray, layout: Layout, out) ->
     flags = int(v["flags"])
     by_x, by_e = bool(flags & WRITES_X), bool(flags & WRITES_E)
     point = bool(flags & EVALUATE) and v["p"] != 0
-    m_from_x = v["c_in_next"] != 0 and not (by_x or by_e)
+    m_from_x = flags & WRITES_M and v["c_in_next"] != 0 and not (by_x or by_e)
     at_x, at_e = point and not flags & AT_E, point and flags & AT_E
 
     def read(in_x: str, in_e: str) -> bool:
@@ -238,7 +159,7 @@ def poison_unread(registers: Registers, row: np.ndarray, layout: Layout, out) ->
     terms = [k for k in range(int(v["n_terms"])) if read(f"past_b_{k}", f"past_g_{k}")]
     for slot in set(range(SLOTS)) - {int(v[f"slot_{k}"]) for k in terms}:
         registers.history[slot].fill_(torch.nan)
-    for i, extra in enumerate(registers.extras):
+    for i, extra in enumerate(entries(registers)):
         if not read(f"r_{i}", f"s_{i}"):
             extra.fill_(torch.nan)
     for g in range(layout.branches):
@@ -266,7 +187,7 @@ def test_a_stage_is_its_rows_formula(name, state, out_dtype, m_dtype):
         out = random_output(rng, (batch, size), layout, out_dtype)
         xi = registers.x.new_tensor(rng.normal(size=(batch, size))) if case % 4 == 3 else None
         if layout.extras == 2:
-            row[layout.extra_offset : layout.extra_offset + 2] = 0.0
+            row[layout.extra_offset : layout.extra_offset + 3] = 0.0
         poison_unread(registers, row, layout, out)
 
         wanted = formula(registers, row, layout, out, xi)
@@ -346,7 +267,7 @@ def contract(registers: Registers, row: np.ndarray, layout: Layout, out: torch.T
     if v["p"] != 0:
         h = noise._fma(e if flags & AT_E else x, v["p"], h)
     if flags & CLIP:
-        h = np.clip(h, v["clip_lo"], v["clip_hi"])
+        h = np.clip(h, v["lo"], v["hi"])
     draw = [
         (v[f"xi_{k}"], noise.normal(x.shape, registers.seeds, int(v[f"stream_{k}"])).numpy())
         for k in range(1, int(v["draws"]) + 1)
@@ -354,7 +275,7 @@ def contract(registers: Registers, row: np.ndarray, layout: Layout, out: torch.T
     xi = chain(draw)
     terms = range(int(v["n_terms"]))
     past = [registers.history[int(v[f"slot_{k}"])].numpy() for k in terms]
-    extras = [r.numpy() for r in registers.extras]
+    extras = [r.numpy() for r in entries(registers)]
     sums = []
     for head, b, r in ((("a_x", "a_e", "b_0", "c"), "past_b", "r"),
                        (("d_x", "d_e", "g_0", "c_e"), "past_g", "s")):  # fmt: skip
@@ -403,7 +324,7 @@ def test_packs_vectors_and_single_elements_give_the_same_bits(instruction_set, s
                 e=registers.e.view(shape),
                 history=registers.history.view(SLOTS, *shape),
                 m=registers.m.view(shape),
-                extras=tuple(extra.view(shape) for extra in registers.extras),
+                bank=None if registers.bank is None else registers.bank.view(-1, *shape),
                 seeds=None,
             )
             gapped = torch.full((shape[0], size + 3), torch.nan, dtype=dtype)
@@ -482,7 +403,7 @@ def test_a_sample_does_not_depend_on_its_batch(name, size):
             e=registers.e[b : b + 1],
             history=registers.history[:, b : b + 1].contiguous(),
             m=registers.m[b::5].contiguous(),
-            extras=tuple(extra[b : b + 1] for extra in registers.extras),
+            bank=registers.bank[:, b : b + 1].contiguous(),
             seeds=registers.seeds[b : b + 1],
         )
         alone = run_once(name, alone, row, layout, out[b::5].contiguous())
@@ -566,12 +487,14 @@ def test_rows_with_a_threshold_run_alike_on_cpu_and_torch(instruction_set, state
         rows = [random_row(rng, layout, True, draws=k % 3) for k in range(batch + 1)]
         for row in rows[case % 2 :]:  # in every other case a row among them thresholds nothing
             row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | WRITES_E | THRESHOLD
-            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.5, 1.0])
+            limits = layout.column("quantile")
+            row[limits : limits + 2] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.5, 1.0])
             row[1], row[layout.columns.index("push_x")] = 5, 4
         registers = random_registers(rng, (batch, size), state, layout, True, torch.float32)
         poison_unread(registers, rows[-1], layout, torch.zeros(layout.branches * batch, size))
-        for tensor in (registers.x, registers.e, registers.history, *registers.extras):
+        for tensor in (registers.x, registers.e, registers.history, *entries(registers)):
             tensor.nan_to_num_(0.5)
+        registers.m.zero_()
         wide = torch.from_numpy(rng.normal(size=(layout.branches * batch, size + 3))).to(out_dtype)
         out = wide[:, 1:-2] if case % 4 < 2 else wide[:, 1:-2].contiguous()
         index = torch.from_numpy(rng.permutation(batch + 1)[:batch]) if case % 3 else None
@@ -610,7 +533,7 @@ def test_a_thresholded_sample_depends_on_nothing_but_itself(instruction_set, thr
         for b in range(5):
             alone = Registers(
                 x=registers.x[b : b + 1].clone(),
-                m=torch.zeros(2, size, dtype=torch.bfloat16),
+                m=torch.full((2, size), torch.nan, dtype=torch.bfloat16),
                 seeds=registers.seeds[b : b + 1],
             )
             out = wide[b::5, 1:].contiguous()
@@ -771,14 +694,14 @@ def edited(**columns: float) -> Callable[[Layout, np.ndarray], None]:
 @pytest.mark.parametrize(
     ("edit", "error", "message"),
     [
-        (edited(flags=64), ValueError, "flags"),
+        (edited(flags=128), ValueError, "flags"),
         (edited(flags=np.nan), ValueError, "flags"),
-        (edited(flags=EVALUATE + THRESHOLD, clip_hi=1.0), ValueError, "a quantile in"),
-        (edited(flags=EVALUATE + THRESHOLD, clip_lo=1.1, clip_hi=1.0), ValueError, "a quantile in"),
-        (edited(flags=EVALUATE + THRESHOLD, clip_lo=np.nan, clip_hi=1), ValueError, "a quantile"),
-        (edited(flags=EVALUATE + THRESHOLD, clip_lo=0.5), ValueError, "positive floor"),
-        (edited(flags=EVALUATE + THRESHOLD, clip_lo=0.5, clip_hi=1e99), ValueError, "floor"),
-        (edited(flags=EVALUATE + CLIP + THRESHOLD, clip_lo=0.5, clip_hi=1), ValueError, "clip"),
+        (edited(flags=EVALUATE + THRESHOLD, floor=1.0), ValueError, "a quantile in"),
+        (edited(flags=EVALUATE + THRESHOLD, quantile=1.1, floor=1.0), ValueError, "a quantile in"),
+        (edited(flags=EVALUATE + THRESHOLD, quantile=np.nan, floor=1), ValueError, "a quantile"),
+        (edited(flags=EVALUATE + THRESHOLD, quantile=0.5), ValueError, "positive floor"),
+        (edited(flags=EVALUATE + THRESHOLD, quantile=0.5, floor=1e99), ValueError, "floor"),
+        (edited(flags=EVALUATE + CLIP + THRESHOLD, quantile=0.5, floor=1), ValueError, "clip"),
         (edited(push=SLOTS), ValueError, "slots"),
         (edited(push=0.5), ValueError, "slots"),
         (edited(slot_0=-1), ValueError, "slots"),
@@ -853,7 +776,7 @@ def test_a_wrong_output_is_named(out, xi, error, message):
         ({"m": torch.ones(3, 4)}, ValueError, r"m is \[2, 4\]"),
         ({"m": torch.ones(2, 4, dtype=torch.int8)}, TypeError, "m is in"),
         ({"seeds": torch.ones(3, dtype=torch.int64)}, ValueError, r"seeds is \[2\]"),
-        ({"extras": (torch.ones(2, 4),)}, ValueError, "names 0 extra registers; got 1"),
+        ({"bank": torch.ones(1, 2, 5)}, ValueError, r"bank is \[1, 2, 4\]"),
     ],
 )
 def test_wrong_registers_are_refused_when_bound(change, error, message):
@@ -919,4 +842,6 @@ def test_without_the_core_torch_serves_and_says_so_once(monkeypatch):
     with pytest.raises(RuntimeError, match="pip install -e"):
         backends.choose("cpu", torch.float32, torch.float32, CPU)
     with pytest.raises(RuntimeError, match="pip install -e"):
-        backends.get("cpu").bind(Registers(x=torch.ones(1, 1)), torch.zeros(1, 21), Layout(0))
+        backends.get("cpu").bind(
+            Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout()
+        )

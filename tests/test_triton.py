@@ -7,6 +7,7 @@ architecture, which needs no GPU, and prints what came out as JSON.
 
 import collections
 import dataclasses
+import importlib
 import itertools
 import json
 import os
@@ -19,12 +20,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.rows import DTYPES, random_output, random_registers, random_row, raw
 
 import fastdiff as fd
 from fastdiff import backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import triton as backend_module
-from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import (
+    AT_E,
+    CLIP,
+    EVALUATE,
+    THRESHOLD,
+    WRITES_E,
+    WRITES_M,
+    WRITES_X,
+    Layout,
+    Plan,
+    Stage,
+)
+from fastdiff.plans import layout as layout_module
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -45,9 +59,7 @@ FUSES = pytest.mark.skipif(
 exact = [CORE, FUSES]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-DTYPES = [F32, F64, BF16, F16]
 SIZES = [0, 1, 15, 16, 17, 1023, 1025, 5000]
-SLOTS = 5
 
 
 # -- the specialisations the library relies on -----------------------------------------------------
@@ -163,8 +175,8 @@ def compiled(
     apart = own or threshold or scale
     _, _, constants = backend_module.launch_shape(batch, size, stride or size, draws, apart, block)
     copies = branches if m else 0
-    constants |= {"TERMS": terms, "BRANCHES": branches, "EXTRAS": extras, "COPIES": copies}
-    constants |= {"DRAWS": draws, "CLIP": clip, "PUSH_X": push_x}
+    constants |= backend_module.layout_constants(Layout(terms, branches, extras))
+    constants |= {"COPIES": copies, "MOST_DRAWS": draws, "CLIPS": clip, "PUSHES_X": push_x}
 
     def pointer(dtype, exists=True):
         return "*" + dtype.replace("f", "fp").replace("bfp", "bf") if exists else None
@@ -176,7 +188,7 @@ def compiled(
         "p_m": pointer(m or "", m),
         "p_out": pointer(out or "", out),
         "p_xi": pointer(state, xi),
-        "p_extras": (pointer(state),) * extras,
+        "p_bank": pointer(state, extras > 0),
         "p_seeds": "*i64" if draws else None,
         "p_table": pointer(arithmetic),
         "p_index": "*i64" if own else None,
@@ -196,8 +208,6 @@ def compiled(
     for i, (name, kind) in enumerate(types.items()):
         if kind is None:
             types[name], values[(i,)] = "constexpr", None
-        elif isinstance(kind, tuple):
-            attributes |= {(i, j): aligned for j in range(len(kind))}
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
     for i, (name, value) in enumerate(constants.items(), start=len(types)):
@@ -328,66 +338,6 @@ def test_normals_are_the_definitions_bit_for_bit(device, rows, cols, stream):
 # -- rows and registers ----------------------------------------------------------------------------
 
 
-def random_row(rng, layout: Layout, with_e: bool, draws: int, clip: bool) -> np.ndarray:
-    """A row with every kind of term, each coefficient 0 one time in four."""
-
-    def coefficient() -> float:
-        return 0.0 if rng.random() < 0.25 else rng.normal()
-
-    row = dict.fromkeys(layout.columns, 0.0)
-    evaluates = rng.random() < 0.9
-    flags = EVALUATE * evaluates + WRITES_X * (rng.random() < 0.85)
-    row.update(a_x=coefficient(), c=coefficient(), c_in_next=rng.choice([0.0, 1.0, 0.7]))
-    row.update(push=-1, push_x=-1)
-    if with_e:
-        flags += AT_E * (rng.random() < 0.5) + WRITES_E * (rng.random() < 0.7)
-        row.update(a_e=coefficient(), d_x=coefficient(), d_e=coefficient(), c_e=coefficient())
-    if evaluates:
-        row.update(p=coefficient(), b_0=coefficient(), push=rng.integers(-1, SLOTS))
-        row.update({f"k_{g}": coefficient() for g in range(layout.branches)})
-        row["g_0"] = coefficient() * with_e
-        if clip:
-            flags += CLIP
-            row.update(clip_lo=-0.5, clip_hi=0.8)
-    if rng.random() < 0.3:
-        row["push_x"] = rng.choice([s for s in range(SLOTS) if s != row["push"]])
-    row["draws"] = draws
-    for k in range(1, draws + 1):
-        row.update({f"stream_{k}": rng.integers(1, 100), f"xi_{k}": coefficient()})
-    if not draws:
-        row["c"] = row["c_e"] = 0.0
-    row["n_terms"] = rng.integers(0, layout.terms + 1)
-    for k in range(layout.terms):
-        row[f"slot_{k}"] = -1
-        if k < row["n_terms"]:
-            row[f"slot_{k}"] = (k + 2) % SLOTS
-            row.update({f"past_b_{k}": coefficient(), f"past_g_{k}": coefficient() * with_e})
-    for i in range(layout.extras):
-        row.update({f"r_{i}": coefficient(), f"s_{i}": coefficient() * with_e})
-    row["flags"] = flags
-    return np.array([row[name] for name in layout.columns])
-
-
-def random_registers(rng, shape, state, layout: Layout, with_e=False, m=None) -> Registers:
-    def values(*sizes: int) -> torch.Tensor:
-        return torch.from_numpy(rng.normal(size=sizes)).to(state)
-
-    copies = (layout.branches * shape[0], *shape[1:])
-    return Registers(
-        x=values(*shape),
-        e=values(*shape) if with_e else None,
-        history=values(SLOTS, *shape),
-        m=None if m is None else torch.full(copies, torch.nan, dtype=m),
-        extras=tuple(values(*shape) for _ in range(layout.extras)),
-        seeds=torch.from_numpy(rng.integers(-(2**62), 2**62, shape[0])),
-    )
-
-
-def random_output(rng, shape, layout: Layout, dtype) -> torch.Tensor:
-    sizes = (layout.branches * shape[0], *shape[1:])
-    return torch.from_numpy(rng.normal(size=sizes)).to(dtype)
-
-
 def reads(row: np.ndarray, layout: Layout) -> dict:
     """Which registers a row reads: by name, history by slot, extras and branches by position."""
     v = dict(zip(layout.columns, row, strict=True))
@@ -398,13 +348,13 @@ def reads(row: np.ndarray, layout: Layout) -> dict:
         return bool((by_x and v[in_x]) or (by_e and v[in_e]))
 
     point = bool(flags & EVALUATE) and v["p"] != 0
-    m_from_x = v["c_in_next"] != 0 and not (by_x or by_e)
+    m_from_x = flags & WRITES_M and v["c_in_next"] != 0 and not (by_x or by_e)
     terms = [k for k in range(int(v["n_terms"])) if read(f"past_b_{k}", f"past_g_{k}")]
     return {
-        "x": read("a_x", "d_x") or (point and not flags & AT_E) or m_from_x,
+        "x": read("a_x", "d_x") or (point and not flags & AT_E) or bool(m_from_x),
         "e": read("a_e", "d_e") or (point and bool(flags & AT_E)),
         "history": {int(v[f"slot_{k}"]) for k in terms},
-        "extras": {i for i in range(layout.extras) if read(f"r_{i}", f"s_{i}")},
+        "bank": {int(v[f"entry_{i}"]) for i in range(layout.extras) if read(f"r_{i}", f"s_{i}")},
         "branches": {g for g in range(layout.branches) if flags & EVALUATE and v[f"k_{g}"]},
     }
 
@@ -418,7 +368,7 @@ def poison_unread(registers: Registers, rows: list, layout: Layout, out: torch.T
         registers.e.fill_(torch.nan)
     for name, tensors in (
         ("history", registers.history),
-        ("extras", registers.extras),
+        ("bank", () if registers.bank is None else registers.bank),
         ("branches", out.reshape(layout.branches, *registers.x.shape)),
     ):
         for i, tensor in enumerate(tensors):
@@ -432,7 +382,7 @@ def moved(registers: Registers, device: str) -> Registers:
 
     return Registers(
         *(copy(t) for t in (registers.x, registers.e, registers.history, registers.m)),
-        extras=tuple(copy(t) for t in registers.extras),
+        bank=copy(registers.bank),
         seeds=copy(registers.seeds),
     )
 
@@ -444,10 +394,6 @@ def after(name, registers, rows, layout, out, xi=None, index=None, row=0, device
     run = backends.get(name).bind(copies, torch.from_numpy(np.stack(rows)), layout, index)
     run(row, None if out is None else out.to(device), None if xi is None else xi.to(device))
     return moved(copies, "cpu")
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def same(a: Registers, b: Registers) -> bool:
@@ -668,9 +614,10 @@ def test_rows_with_a_threshold_give_the_bits_of_the_compiled_core(device, state)
         rows = [random_row(rng, layout, with_e, draws, clip=k == 1) for k in range(4)]
         for row in rows[2:]:
             row[0] = int(row[0]) | EVALUATE | WRITES_X | THRESHOLD
-            row[6:8] = rng.choice([0.3, 0.9, 0.995, 1.0]), rng.choice([0.1, 0.5, 1.0])
-            row[1], row[layout.columns.index("push_x")] = 4, 3
-            row[-layout.branches - 2 * layout.extras] = 1.5
+            row[layout.column("quantile")] = rng.choice([0.3, 0.9, 0.995, 1.0])
+            row[layout.column("floor")] = rng.choice([0.1, 0.5, 1.0])
+            row[layout.column("ceiling")] = np.inf
+            row[[layout.column(name) for name in ("push", "push_x", "k_0")]] = 4, 3, 1.5
         m = [None, *DTYPES][case % 5]
         registers = random_registers(rng, (batch, size), state, layout, with_e, m)
         room = random_output(rng, (batch, size + 16), layout, DTYPES[-case % 4])
@@ -707,10 +654,10 @@ def test_the_quantile_is_a_float64_number(device):
     run.quantiles[0] = 0.5  # in place on the device
     run(0, out, None)
     assert torch.equal(x, out.clamp(max=1.0))
-    run.table[0, plan.layout.columns.index("clip_hi")] = 2.0
+    run.table[0, plan.layout.column("floor")] = 2.0
     run(0, out, None)
     assert torch.equal(x, out.clamp(max=2.0) / 2)
-    table[0, plan.layout.columns.index("clip_lo")] = 1.0
+    table[0, plan.layout.column("quantile")] = 1.0
     run(0, out, None)
     assert torch.equal(x, out / 4)
 
@@ -741,8 +688,8 @@ def test_only_rows_that_evaluate_and_threshold_are_given_a_scale(device):
 @pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize("state", [F32, BF16, F16], ids=["float32", "bfloat16", "float16"])
 def test_the_error_is_at_most_twice_that_of_eager_torch(device, state):
-    # relative to a float64 run on the same stored values, in the norm (a float64 state: the tests
-    # of bits)
+    # against a float64 run on the same stored values, in the norm (a float64 state: the tests of
+    # bits)
     rng = np.random.default_rng(11)
     for case in range(4):
         layout = Layout(terms=case + 1, branches=case % 2 + 1, extras=case // 2)
@@ -758,15 +705,14 @@ def test_the_error_is_at_most_twice_that_of_eager_torch(device, state):
             e=None if registers.e is None else registers.e.double(),
             history=registers.history.double(),
             m=registers.m.double(),
-            extras=tuple(r.double() for r in registers.extras),
+            bank=None if registers.bank is None else registers.bank.double(),
         )
         exact = after("torch", double, [row], layout, out)
         eager = after("torch", registers, [row], layout, out)
         got = after("triton", registers, [row], layout, out, device=device)
 
         def error(run: Registers, name: str, exact=exact) -> float:
-            wanted = getattr(exact, name)
-            return float((getattr(run, name).double() - wanted).norm() / wanted.norm())
+            return float((getattr(run, name).double() - getattr(exact, name)).norm())
 
         for name in ("x", "e", "m"):
             if getattr(registers, name) is not None and bool(getattr(exact, name).isfinite().all()):
@@ -833,19 +779,22 @@ def as_table(plan: Plan) -> torch.Tensor:
 
 
 def test_columns_and_flags_are_those_of_plans():
-    head = Layout(0, 0).HEAD
-    for i, name in enumerate(head):
-        assert getattr(stage_module, f"_{name.upper()}").value == i, name
-    assert stage_module._HEAD.value == len(head)
-    flags = {"EVALUATE": EVALUATE, "AT_E": AT_E, "WRITES_E": WRITES_E, "WRITES_X": WRITES_X}
-    for name, value in {**flags, "CLIPS": CLIP, "THRESHOLDS": THRESHOLD}.items():
-        assert getattr(stage_module, f"_{name}").value == value, name
+    constants = vars(importlib.import_module("fastdiff.kernels.columns"))
+    found = {name: v.value for name, v in constants.items() if isinstance(v, tl.constexpr)}
+    groups = {"TERM": layout_module.TERM, "BRANCH": layout_module.BRANCH}
+    groups |= {"EXTRA": layout_module.EXTRA, "HEAD": layout_module.HEAD}
+    wanted = {name.upper(): i for group in groups.values() for i, name in enumerate(group)}
+    wanted |= {f"{name}_WIDTH": len(group) for name, group in groups.items()}
+    wanted |= {"TERM_AT": Layout(terms=3).term_offset}
+    wanted |= {name: v for name, v in vars(layout_module).items() if isinstance(v, int)}  # flags
+    assert len(found) > 30
+    assert found == {name: wanted[name] for name in found}
 
 
 @pytest.mark.parametrize("device", HERE)
 def test_the_table_is_read_at_every_call(device):
     plan = Plan(stages=(Stage(t=1.0, a_x=0.5, b=(2.0,)),), times=(1.0, 0.0))
-    b_0 = plan.layout.columns.index("b_0")
+    b_0 = plan.layout.column("b_0")
     table = as_table(plan)
     x = torch.ones(1, 8, device=device)
     ones, nans = torch.ones(1, 8, device=device), torch.full((1, 8), torch.nan, device=device)
@@ -878,8 +827,8 @@ def test_a_table_that_needs_another_kernel_is_refused(device):
         other = dataclasses.replace(plan, stages=(dataclasses.replace(stage, **change),))
         with pytest.raises(ValueError, match="Bind it anew"):
             run.refresh(as_table(other))
-    with pytest.raises(ValueError, match=r"float64 \[1, 22\] on the CPU; got .*\[2, 22\]"):
-        run.refresh(torch.zeros(2, 22, dtype=F64))
+    with pytest.raises(ValueError, match=r"float64 \[1, 38\] on the CPU; got .*\[2, 38\]"):
+        run.refresh(torch.zeros(2, 38, dtype=F64))
 
 
 @pytest.mark.parametrize("device", HERE)
@@ -974,9 +923,10 @@ def test_later_launches_pass_what_the_first_passed(monkeypatch, of_scales):
     layout = Layout(terms=2, branches=2, extras=1)
     registers = random_registers(np.random.default_rng(0), (3, 20), F32, layout, True, BF16)
     table = torch.zeros(2, layout.width, dtype=F64)
-    table[:, [layout.columns.index(name) for name in ("push", "push_x")]] = -1
+    table[:, [layout.column(name) for name in ("push", "push_x")]] = -1
     if of_scales:
-        table[:, 0], table[:, 6:8] = EVALUATE + THRESHOLD, 1.0
+        table[:, layout.column("flags")] = EVALUATE + THRESHOLD
+        table[:, [layout.column("quantile"), layout.column("floor")]] = 1.0
     run = backends.get("triton").bind(registers, table, layout)
     kernels = Kernel(run._kernel), Kernel(run._scale_kernel)
     monkeypatch.setattr(run, "_interpreted", False)
@@ -1036,7 +986,7 @@ def test_a_captured_stage_reads_the_table_at_replay():
         run(0, out, None)
     for coefficient in (1.0, 3.0):
         x.fill_(2.0)
-        run.table[0, plan.layout.columns.index("b_0")] = coefficient
+        run.table[0, plan.layout.column("b_0")] = coefficient
         graph.replay()
         assert bool((x == 1.0 + coefficient).all())
 
@@ -1061,7 +1011,7 @@ def test_a_captured_threshold_reads_its_levels_at_replay():
         run._scale.fill_(torch.nan)
         out.normal_(std=3.0)
         run.quantiles.fill_(quantile)
-        run.table[0, plan.layout.columns.index("clip_hi")] = floor
+        run.table[0, plan.layout.column("floor")] = floor
         graph.replay()
         assert raw(x.cpu()) == raw(thresholded("torch", out.cpu(), quantile, floor))
     row.fill_(1)
@@ -1090,7 +1040,7 @@ ROOM = torch.ones(3, 4)
         ({"e": torch.ones(2, 4, device="meta")}, ValueError, r"Move e: e\.to\('cpu'\)"),
         ({"history": torch.ones(1, 2, 5)}, ValueError, r"history is \[1, 2, 4\]"),
         ({"seeds": torch.ones(3, dtype=torch.int64)}, ValueError, r"seeds is \[2\]"),
-        ({"extras": (torch.ones(2, 4),)}, ValueError, "names 0 extra registers; got 1"),
+        ({"bank": torch.ones(1, 2, 5)}, ValueError, r"bank is \[1, 2, 4\]; got \[1, 2, 5\]"),
         ({"x": ROOM[:2], "e": ROOM[1:]}, ValueError, r"x and e overlap. Pass e\.clone\(\)"),
         ({"x": ROOM[:2], "m": ROOM[:2]}, ValueError, "x and m overlap"),
         (
@@ -1109,9 +1059,9 @@ def test_wrong_registers_are_refused_when_bound(change, error, message):
 @pytest.mark.parametrize(
     ("table", "error", "message"),
     [
-        (torch.ones(1, 22), TypeError, "table is torch.float64; got torch.float32"),
-        (torch.ones(1, 20, dtype=F64), ValueError, r"table is \[rows, 22\]; got \[1, 20\]"),
-        (torch.ones(1, 22, dtype=F64, device="meta"), ValueError, r"Pass table\.cpu\(\)"),
+        (torch.ones(1, 38), TypeError, "table is torch.float64; got torch.float32"),
+        (torch.ones(1, 20, dtype=F64), ValueError, r"table is \[rows, 38\]; got \[1, 20\]"),
+        (torch.ones(1, 38, dtype=F64, device="meta"), ValueError, r"Pass table\.cpu\(\)"),
     ],
 )
 def test_a_wrong_table_is_refused_when_bound(table, error, message):
@@ -1123,10 +1073,10 @@ def test_a_wrong_table_is_refused_when_bound(table, error, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"flags": 64}, "known bits; row 1 has flags = 64"),
+        ({"flags": 128}, "known bits; row 1 has flags = 128"),
         ({"flags": np.nan}, "flags"),
-        ({"push": 5}, "history has 5 slots; row 1 has push = 5"),
-        ({"slot_0": -1}, "history has 5 slots; row 1 has slot_0 = -1"),
+        ({"push": 6}, "history has 6 slots; row 1 has push = 6"),
+        ({"slot_0": -1}, "history has 6 slots; row 1 has slot_0 = -1"),
         ({"slot_0": 0.5}, "slots"),
         ({"n_terms": 2}, "fit the layout"),
         ({"draws": 3}, "fit the layout"),
@@ -1135,13 +1085,13 @@ def test_a_wrong_table_is_refused_when_bound(table, error, message):
         ({"a_e": 1.0}, r"Registers\.e"),
         ({"flags": WRITES_E}, r"Registers\.e"),
         ({"flags": WRITES_X}, "without an evaluation"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_hi": 1.0}, r"a quantile in \(0, 1\].*row 1"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 1.1, "clip_hi": 1.0}, "a quantile"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_lo": np.nan, "clip_hi": 1.0}, "a quantile"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5}, "positive floor"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1e99}, "floor"),
-        ({"flags": EVALUATE + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1e-99}, "floor"),
-        ({"flags": EVALUATE + CLIP + THRESHOLD, "clip_lo": 0.5, "clip_hi": 1.0}, "without a clip"),
+        ({"flags": EVALUATE + THRESHOLD, "floor": 1.0}, r"a quantile in \(0, 1\].*row 1"),
+        ({"flags": EVALUATE + THRESHOLD, "quantile": 1.1, "floor": 1.0}, "a quantile"),
+        ({"flags": EVALUATE + THRESHOLD, "quantile": np.nan, "floor": 1.0}, "a quantile"),
+        ({"flags": EVALUATE + THRESHOLD, "quantile": 0.5}, "positive floor"),
+        ({"flags": EVALUATE + THRESHOLD, "quantile": 0.5, "floor": 1e99}, "floor"),
+        ({"flags": EVALUATE + THRESHOLD, "quantile": 0.5, "floor": 1e-99}, "floor"),
+        ({"flags": EVALUATE + CLIP + THRESHOLD, "quantile": 0.5, "floor": 1.0}, "without a clip"),
     ],
 )
 def test_a_table_that_would_corrupt_memory_is_refused_when_bound(edit, message):
@@ -1149,7 +1099,7 @@ def test_a_table_that_would_corrupt_memory_is_refused_when_bound(edit, message):
     plan = Plan(stages=(Stage(t=1.0, b=(1.0,)), stage), times=(1.0, 0.0))
     table = as_table(plan)
     for name, value in edit.items():
-        table[1, plan.layout.columns.index(name)] = value
+        table[1, plan.layout.column(name)] = value
     registers = random_registers(np.random.default_rng(9), (2, 50), F32, plan.layout)
     with pytest.raises(ValueError, match=message):
         backends.get("triton").bind(registers, table, plan.layout)

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout
+from ..plans.layout import ALL_FLAGS
 from .base import Registers
 from .compiled import upload
 
@@ -42,6 +43,11 @@ SCALE_BLOCK = {4: 4096, 8: 2048}
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 SCALE_OPTIONS = {"num_warps": SCALE_WARPS, "enable_fp_fusion": False, "maxnreg": 64}
 _MOST_PROGRAMS = 2**31 - 1
+# Constants of the stage's kernel that do not depend on the sizes, in its order.
+_FACTS = (
+    *("TERMS", "BRANCHES", "EXTRAS", "BRANCH_AT", "EXTRA_AT", "WIDTH"),
+    *("SHARED", "COPIES", "MOST_DRAWS", "CLIPS", "PUSHES_X"),
+)
 
 
 class TritonBackend:
@@ -159,9 +165,10 @@ class Run:
         self.quantiles: torch.Tensor | None = None
         self._source = table
         self.refresh(table)
-        self._draws, self._clips, self._thresholds, self._pushes_x = _needs(self._rows)
+        self._draws, self._clips, self._thresholds, self._pushes_x = _needs(self._rows, layout)
         if self._thresholds:
-            self.quantiles = torch.tensor(self._rows[:, 6], device=x.device)
+            quantiles = self._rows[:, layout.column("quantile")]
+            self.quantiles = torch.tensor(quantiles, device=x.device)
             self._scale = torch.ones(self._batch, dtype=arithmetic, device=x.device)
 
     def refresh(self, table: torch.Tensor) -> None:
@@ -182,7 +189,7 @@ class Run:
         rows = table.numpy().copy()
         _check_rows(rows, self._layout, self._slots, self._registers)
         bound = (self._draws, self._clips, self._thresholds, self._pushes_x)
-        if any(new > old for new, old in zip(_needs(rows), bound, strict=True)):
+        if any(new > old for new, old in zip(_needs(rows, self._layout), bound, strict=True)):
             raise ValueError(
                 f"triton backend: the bound kernel draws {self._draws} times, "
                 f"{'clips' if self._clips else 'does not clip'}, "
@@ -193,14 +200,15 @@ class Run:
         self._rows = rows
         self._source, self._version = table, _version(table)
         upload(self.table, table)
+        column = self._layout.column
         if self.quantiles is not None:
-            upload(self.quantiles, table[:, 6])
+            upload(self.quantiles, table[:, column("quantile")])
         # what a row needs of a call; with indices on the device every row may run
-        flags = rows[:, 0].astype(int)
-        weighs = ((flags & WRITES_X) != 0) & (rows[:, 11] != 0)
-        weighs |= ((flags & WRITES_E) != 0) & (rows[:, 15] != 0)
+        flags, draws = rows[:, column("flags")].astype(int), rows[:, column("draws")] != 0
+        weighs = ((flags & WRITES_X) != 0) & (rows[:, column("c")] != 0)
+        weighs |= ((flags & WRITES_E) != 0) & (rows[:, column("c_e")] != 0)
         self._needs_out = ((flags & EVALUATE) != 0).tolist()
-        undrawn, drawn = weighs & (rows[:, 2] == 0), weighs & (rows[:, 2] != 0)
+        undrawn, drawn = weighs & ~draws, weighs & draws
         if not self._row_is_known:
             undrawn, drawn = undrawn | undrawn.any(), drawn | drawn.any()
         self._needs_xi, self._needs_seeds = undrawn.tolist(), drawn.tolist()
@@ -235,26 +243,27 @@ class Run:
         stride = self._size if out is None or out.is_contiguous() else out.stride(0)
         draws = 0 if xi is not None else self._draws
         thresholds = self._thresholds and out is not None
+        bank = r.bank if self._layout.extras else None
+        shared = bank is not None and bank.shape[1] < self._batch
+        apart = self._stage_index is not None or thresholds or shared
         grid, numbers, constants = launch_shape(
             *(self._batch, self._size, stride, draws),
-            *(self._stage_index is not None or thresholds, BLOCK[self.table.element_size()]),
+            *(apart, BLOCK[self.table.element_size()]),
         )
-        constants = {
-            **constants,
-            "TERMS": self._layout.terms,
-            "BRANCHES": self._layout.branches,
-            "EXTRAS": self._layout.extras,
+        constants |= layout_constants(self._layout)
+        constants |= {
+            "SHARED": shared,
             "COPIES": self._copies,
-            "DRAWS": draws,
-            "CLIP": self._clips,
-            "PUSH_X": self._pushes_x,
+            "MOST_DRAWS": draws,
+            "CLIPS": self._clips,
+            "PUSHES_X": self._pushes_x,
         }
         history = r.history if self._slots else None
         seeds = r.seeds if draws else None
         indices = (self._stage_index, self._row_index)
         before = (r.x, r.e, history, r.m)
         scale = self._scale if thresholds else None
-        between = (r.extras, seeds, self.table, *indices, scale)
+        between = (bank, seeds, self.table, *indices, scale)
         after = (self.table.shape[0], *numbers)
         stage = self._launcher(self._kernel, grid, constants, OPTIONS)
         if not thresholds:
@@ -395,11 +404,21 @@ def launch_shape(
     out_unit = 0 if contiguous else _unit(stride)
     numbers = (batch, size // unit, stride // (out_unit or 1))
     constants = {"UNIT": unit, "OUT_UNIT": out_unit}
-    constants |= dict.fromkeys(
-        ("TERMS", "BRANCHES", "EXTRAS", "COPIES", "DRAWS", "CLIP", "PUSH_X"), 0
-    )
+    constants |= dict.fromkeys(_FACTS, 0)
     constants |= {"ROWS": rows, "COLS": cols}
     return (programs, 1, 1), numbers, constants
+
+
+def layout_constants(layout: Layout) -> dict[str, int]:
+    """The constants of the kernels that say where a row's groups stand."""
+    return {
+        "TERMS": layout.terms,
+        "BRANCHES": layout.branches,
+        "EXTRAS": layout.extras,
+        "BRANCH_AT": layout.branch_offset,
+        "EXTRA_AT": layout.extra_offset,
+        "WIDTH": layout.width,
+    }
 
 
 def scale_shape(
@@ -420,7 +439,7 @@ def scale_shape(
             f"triton backend: a launch thresholds at most {_MOST_PROGRAMS} samples; got {batch}. "
             "Split the batch."
         )
-    names = ("UNIT", "OUT_UNIT", "TERMS", "BRANCHES", "EXTRAS")
+    names = ("UNIT", "OUT_UNIT", "BRANCHES", "BRANCH_AT", "WIDTH")
     fewest = 32 * SCALE_WARPS  # an element a thread
     cols = max(fewest, min(SCALE_BLOCK[bytes_each], 1 << (size - 1).bit_length()))
     return (batch, 1, 1), {**{name: constants[name] for name in names}, "COLS": cols}
@@ -447,12 +466,12 @@ def _thresholds(flags: NDArray[np.int_]) -> NDArray[np.bool_]:
     return ((flags & EVALUATE) != 0) & ((flags & THRESHOLD) != 0)
 
 
-def _needs(rows: NDArray[np.float64]) -> tuple[int, bool, bool, bool]:
+def _needs(rows: NDArray[np.float64], layout: Layout) -> tuple[int, bool, bool, bool]:
     """What of the kernel depends on the rows: the most draws; whether any clips; thresholds;
     pushes x."""
-    flags = rows[:, 0].astype(int)
-    draws = int(rows[:, 2].max(initial=0))
-    pushes_x = bool((rows[:, Layout.HEAD.index("push_x")] >= 0).any())
+    flags = rows[:, layout.column("flags")].astype(int)
+    draws = int(rows[:, layout.column("draws")].max(initial=0))
+    pushes_x = bool((rows[:, layout.column("push_x")] >= 0).any())
     return draws, bool((flags & CLIP).any()), bool(_thresholds(flags).any()), pushes_x
 
 
@@ -475,11 +494,6 @@ def _check_registers(
     x, m, history = registers.x, registers.m, registers.history
     state, shape, device = x.dtype, tuple(x.shape), x.device
     batch = shape[0]
-    if len(registers.extras) != layout.extras:
-        raise ValueError(
-            f"triton backend: the layout names {layout.extras} extra registers; "
-            f"got {len(registers.extras)}."
-        )
     checks: list[tuple[str, torch.Tensor | None, torch.dtype, tuple[int, ...]]]
     checks = [("x", x, state, shape), ("e", registers.e, state, shape)]
     if history is not None:
@@ -487,7 +501,10 @@ def _check_registers(
     if m is not None:
         copies = m.shape[0] // batch if batch else 0
         checks.append(("m", m, m.dtype, (copies * batch, *shape[1:])))
-    checks += [(f"extras[{i}]", r, state, shape) for i, r in enumerate(registers.extras)]
+    if registers.bank is not None:
+        shared = registers.bank.shape[1:2] == (1,)
+        entry = (1, *shape[1:]) if shared else shape
+        checks.append(("bank", registers.bank, state, (registers.bank.shape[0], *entry)))
     checks.append(("seeds", registers.seeds, torch.int64, (batch,)))
     checks.append(("stage_index", stage_index, torch.int64, (batch,)))
     checks.append(("row_index", row_index, torch.int64, (1,)))
@@ -556,7 +573,7 @@ def _check_rows(
         value = columns[name]
         return ~((value >= low) & (value <= high) & (value == np.floor(value)))
 
-    refuse(outside("flags", 0, 63), "flags are a combination of the known bits", "flags")
+    refuse(outside("flags", 0, ALL_FLAGS), "flags are a combination of the known bits", "flags")
     for name in ("push", "push_x"):
         refuse(outside(name, -1, slots - 1), f"history has {slots} slots", name)
     both = (columns["push"] >= 0) & (columns["push"] == columns["push_x"])
@@ -567,7 +584,7 @@ def _check_rows(
     )
     flags = columns["flags"].astype(int)
     evaluates, writes_e = (flags & EVALUATE) != 0, (flags & WRITES_E) != 0
-    quantile, floor = columns["clip_lo"], columns["clip_hi"]
+    quantile, floor = columns["quantile"], columns["floor"]
     with np.errstate(over="ignore"):  # a floor is positive and finite in the arithmetic type
         rounded = floor if registers.x.dtype == torch.float64 else floor.astype(np.float32)
     legal = (quantile > 0) & (quantile <= 1) & (rounded > 0) & (rounded < np.inf)
@@ -575,13 +592,23 @@ def _check_rows(
     refuse(
         _thresholds(flags) & ~legal,
         "a threshold is a quantile in (0, 1] and a positive floor, without a clip",
-        *("flags", "clip_lo", "clip_hi"),
+        *("flags", "quantile", "floor"),
     )
     writes_x, at_e = (flags & WRITES_X) != 0, (flags & AT_E) != 0
     for k in range(layout.terms):
         read = writes_x & (columns[f"past_b_{k}"] != 0) | writes_e & (columns[f"past_g_{k}"] != 0)
         read &= k < columns["n_terms"]
         refuse(read & outside(f"slot_{k}", 0, slots - 1), f"history has {slots} slots", f"slot_{k}")
+    entries = 0 if registers.bank is None else registers.bank.shape[0]
+    refuse(
+        outside("n_extras", 0, layout.extras),
+        *(f"n_extras fit the layout's {layout.extras}", "n_extras"),
+    )
+    for i in range(layout.extras):
+        read = writes_x & (columns[f"r_{i}"] != 0) | writes_e & (columns[f"s_{i}"] != 0)
+        read &= i < columns["n_extras"]
+        rule = f"the bank has {entries} entries"
+        refuse(read & outside(f"entry_{i}", 0, entries - 1), rule, f"entry_{i}")
     for k in (1, 2):
         # 2^24: streams survive a table in float32
         bad = outside(f"stream_{k}", 0, 2**24) & (columns["draws"] >= k)

@@ -109,13 +109,15 @@ def check_given(call: Call, plan: Plan) -> None:
         )
 
 
-def check_untransformed(call: Call, gradient: Any, parameters: Sequence[torch.Tensor]) -> None:
+def check_untransformed(
+    call: Call, gradient: Any, parameters: Callable[[], Sequence[torch.Tensor]]
+) -> None:
     """Raises where a transformation of PyTorch's would pass through a run unseen.
 
     Args:
         call: The call.
         gradient: The sampler's; "backprop" is plain tensor operations, which all of them see.
-        parameters: Of the network.
+        parameters: Gives those of the network, where they have to be looked at.
     """
     if torch.jit.is_tracing():
         raise RuntimeError(
@@ -129,7 +131,7 @@ def check_untransformed(call: Call, gradient: Any, parameters: Sequence[torch.Te
     if not dual and not functional:
         return
     extras = [extra for extra in call.extras if isinstance(extra, torch.Tensor)]
-    for tensor in (call.x, *conditioning.tensors_in(call.cond), *extras, *parameters):
+    for tensor in (call.x, *conditioning.tensors_in(call.cond), *extras, *parameters()):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise NotImplementedError(
                 "sample: torch.func does not see into a run; got a tensor that it transforms. Use "

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from .. import backends
 from ..guidance import Guidance
 from ..plans import Plan
 from ..schedules import prediction_name
-from .run import Spec, spec_of
+from .run import Kind, Spec, spec_of
+
+_SPECS = 64  # shapes whose specs are remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,8 @@ class Job:
     backend: str | None = None
     dtype: torch.dtype | None = None
     fresh_inputs: bool = False
+    _kinds: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    _specs: dict[Any, Spec] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         predicts = getattr(self.network, "prediction", None)
@@ -52,15 +56,26 @@ class Job:
         """Dtype of the network's input for a state like x."""
         return self.dtype or network_dtype(self.network) or x.dtype
 
-    def kind(self, x: torch.Tensor) -> tuple[torch.dtype, torch.dtype, torch.device, str]:
+    def kind(self, x: torch.Tensor) -> Kind:
         """Dtypes of the state and the input, the device, and the backend that serves x."""
-        state, network = state_dtype(x), self.input_dtype(x)
-        serving = backends.choose(self.backend, state, network, x.device)
-        return state, network, x.device, serving.name
+        key = (x.dtype, x.device, self.input_dtype(x))
+        found = self._kinds.get(key)
+        if found is None:
+            state, network = state_dtype(x), key[2]
+            serving = backends.choose(self.backend, state, network, x.device)
+            found = self._kinds[key] = (state, network, x.device, serving.name)
+        return found
 
-    def spec(self, x: torch.Tensor) -> Spec:
+    def spec(self, x: torch.Tensor, offset: int = 0) -> Spec:
         """The spec of a run from x."""
-        return spec_of(self.plan, self.guidance, x.shape, self.kind(x))
+        key = (x.shape, x.dtype, x.device, self.input_dtype(x), offset)
+        found = self._specs.get(key)
+        if found is None:
+            spec = spec_of(self.plan, self.guidance, x.shape, self.kind(x))
+            if len(self._specs) >= _SPECS:
+                self._specs.clear()
+            found = self._specs[key] = replace(spec, offset=offset)
+        return found
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:

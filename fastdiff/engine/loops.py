@@ -109,8 +109,8 @@ def written(job: Job, who: str, i: int) -> Written:
     """The error for an argument that was written to."""
     return Written(
         f"sample: stage {i} (t = {job.plan.stages[i].t:.6g}): the {who} wrote to its input in "
-        "place, which is the sampler's own memory. Let it work on a copy (x = x.clone()); a network "
-        "is given memory of its own with Sampler(..., fresh_inputs=True)."
+        "place, which is the sampler's own memory. Let it work on a copy (x = x.clone()); a "
+        "network is given memory of its own with Sampler(..., fresh_inputs=True)."
     )
 
 

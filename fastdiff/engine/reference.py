@@ -22,16 +22,31 @@ from .call import Call
 Constants = tuple[int, tuple[tuple[Any, ...], ...]]
 Normal = Callable[[torch.Tensor, int, Sequence[int], torch.dtype], torch.Tensor]
 
-_FIELDS = tuple(name for name in Stage.__dataclass_fields__ if name not in ("t", "x0_p", "x0_q"))
+_FIELDS = (
+    *("model_time", "c_in", "p", "q", "a_x", "a_e", "b", "c", "r", "d_x", "d_e", "g", "c_e", "s"),
+    *("noise", "clip", "threshold", "evaluate"),
+)
 
 
 def constants(plan: Plan) -> Constants:
     """A plan as constants: the outputs that a row reads at most, and its stages as tuples."""
     rows, at_e = [], False
-    for s in plan.stages:
+    for i, s in enumerate(plan.stages):
+        _check(i, s)
         rows.append((at_e, s.writes_e, s.writes_x, *(getattr(s, field) for field in _FIELDS)))
         at_e = s.writes_e
     return max(max(len(s.b), len(s.g)) for s in plan.stages), tuple(rows)
+
+
+def _check(i: int, s: Stage) -> None:
+    """Raises where a stage has terms that this loop does not know."""
+    weights = (s.u, s.v, s.b_raw, s.g_raw, s.d_new) != (0.0, 1.0, 0.0, 0.0, 0.0)
+    if weights or s.products or s.scalars or s.measures or len(s.threshold or ()) > 2:
+        raise NotImplementedError(
+            f"sample: stage {i} has u, v, b_raw, g_raw, d_new, a ceiling, products, scalars or "
+            "measures, which the loop in tensor operations does not run. Use another gradient, or "
+            "run it outside of torch.compile."
+        )
 
 
 def normal(

@@ -40,8 +40,8 @@ class Spec:
         scalars: Columns of S.
         features: What kernels are specialised for besides the layout.
         stride: Rows that a stage takes: B where each sample has weights of its own.
-        index: "none"; "sample" (sample b runs the row b after a stage's first); or "place" (sample b
-            runs the row that its owner writes into `Run.index`).
+        index: "none"; "sample" (sample b runs the row b after a stage's first); or "place"
+            (sample b runs the row that its owner writes into `Run.index`).
         clocked: Whether the row is a number on the device, advanced by each stage.
         offset: Place of the first element within the sample that this is a part of.
     """
@@ -75,6 +75,9 @@ class Spec:
     def branches(self) -> int:
         """Branches G of the network."""
         return self.layout.branches
+
+
+Kind = tuple[torch.dtype, torch.dtype, torch.device, str]
 
 
 def features_of(rows: Sequence[PackedRow]) -> tuple[Any, ...]:
@@ -118,7 +121,9 @@ class Run:
                 seeds=torch.zeros(batch, dtype=torch.int64, device=spec.device),
             )
             told = torch.float64 if spec.network == torch.float64 else torch.float32
-            self.times = torch.zeros((spec.stages, branches * batch), dtype=told, device=spec.device)
+            self.times = torch.zeros(
+                (spec.stages, branches * batch), dtype=told, device=spec.device
+            )
             self.time = torch.zeros((1, branches * batch), dtype=told, device=spec.device)
             self.table = torch.from_numpy(encode([PackedRow()] * spec.rows, spec.layout))
             self.index = None
@@ -208,9 +213,9 @@ class Run:
 
     def _seeds(self, call: Call) -> torch.Tensor:
         seed = call.seed
-        if isinstance(seed, torch.Tensor) and seed.device == self.spec.device:
-            if seed.dtype == torch.int64 and seed.shape == (call.batch,):
-                return seed
+        here = isinstance(seed, torch.Tensor) and seed.device == self.spec.device
+        if here and seed.dtype == torch.int64 and seed.shape == (call.batch,):
+            return seed
         return noise.seeds_tensor(seed, call.batch)
 
     def _fill_entry(self, i: int, given: Any, x: torch.Tensor) -> None:
@@ -288,7 +293,7 @@ def spec_of(
     plan: Plan,
     guidance: Guidance,
     shape: torch.Size,
-    kind: tuple[torch.dtype, torch.dtype, torch.device, str],
+    kind: Kind,
 ) -> Spec:
     """The spec of a run of one plan.
 

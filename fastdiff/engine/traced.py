@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..plans import plan_of
+from ..plans import living
 from . import reference
 from .call import Call
 from .job import Job
@@ -37,13 +37,13 @@ _library.impl("normal", _normal_meta, "Meta")
 @torch.compiler.assume_constant_result
 def _constants(handle: str) -> reference.Constants:
     """A function is compiled anew for another handle, and guards nothing else of a plan."""
-    return reference.constants(plan_of(handle))
+    return reference.constants(living(handle))
 
 
 @torch.compiler.assume_constant_result
 def _draws(handle: str) -> bool:
     """Whether a plan is stochastic."""
-    return plan_of(handle).stochastic
+    return bool(living(handle).stochastic)
 
 
 def sample(job: Job, call: Call, gradient: Any, out: torch.Tensor | None) -> torch.Tensor:

@@ -99,16 +99,20 @@ def guided_rows(guidance: Guidance, plan: Plan, batch: int) -> list[PackedRow]:
         S rows; S * B, row s * B + b for sample b, where each sample has weights of its own.
     """
     rows = []
-    for stage, row in enumerate(plan.rows()):
+    for stage, row in enumerate(plan.rows((1.0,) * guidance.branches)):
         weights = guidance.weights(stage)
         if not guidance.per_sample:
-            rows.append(replace(row, k=tuple(row.k[0] * float(w) for w in weights)))
+            rows.append(_weighed(row, [float(w) for w in weights]))
             continue
         each = torch.stack([torch.as_tensor(w, dtype=torch.float64) for w in weights], dim=-1)
         padding = [*[0.0] * (guidance.branches - 1), 1.0]
         values = [*each.tolist(), *[padding] * (batch - len(each))]
-        rows += [replace(row, k=tuple(row.k[0] * w for w in own)) for own in values]
+        rows += [_weighed(row, own) for own in values]
     return rows
+
+
+def _weighed(row: PackedRow, weights: Sequence[float]) -> PackedRow:
+    return replace(row, k=tuple(k * w for k, w in zip(row.k, weights, strict=True)))
 
 
 def combine(weights: Sequence[Weight], outputs: Sequence[torch.Tensor]) -> torch.Tensor:

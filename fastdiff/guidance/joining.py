@@ -138,7 +138,7 @@ def _like(other: Any, value: torch.Tensor, batch: int, where: str) -> torch.Tens
     """What a branch gives in place of a tensor, made like it."""
     if other is _SHARED or other is value:
         return value
-    if not isinstance(other, torch.Tensor | int | float) or isinstance(other, bool):
+    if not isinstance(other, (torch.Tensor, int, float)) or isinstance(other, bool):
         raise TypeError(
             f"CFG: where cond has a tensor uncond has a tensor or a number; got "
             f"{type(other).__name__} for {where}."
@@ -183,9 +183,9 @@ def _check_same(value: Any, other: Any, where: str) -> None:
     """Raises where a branch has another value than the last one for what cannot be joined."""
     if other is _SHARED or other is value:
         return
-    if isinstance(value, Mapping | list | tuple) and not value and type(other) is type(value):
+    if isinstance(value, (Mapping, list, tuple)) and not value and type(other) is type(value):
         return
-    same = type(other) is type(value) and isinstance(value, str | int | float) and other == value
+    same = type(other) is type(value) and isinstance(value, (str, int, float)) and other == value
     if not same:
         raise TypeError(
             f"CFG: only tensors can differ between the branches, which share one network call; "

@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 _TRAIN_IMAGES = 1437  # of 1797
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Attention and MLP, each normalised, shifted, scaled and gated by the conditioning."""
 
     def __init__(self, width: int, heads: int, ratio: int, dropout: float) -> None:
@@ -97,7 +97,7 @@ class DigitsDiT(nn.Module):
         self.label = nn.Embedding(self.null_class + 1, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, (6 * depth + 2) * width)
-        self.blocks = nn.ModuleList(_Block(width, heads, ratio, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, ratio, dropout) for _ in range(depth))
         self.out = nn.Linear(width, 4)
         # radians per unit of t: from a twelfth of a turn over the run to one turn in 0.006
         frequency = torch.exp(torch.linspace(math.log(0.5), math.log(1000.0), width // 2))

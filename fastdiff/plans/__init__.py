@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: what a stage can hold, the table it packs to, files, text, and the transposed table."""
 
+from .handles import living
 from .layout import (
     AT_E,
     CLIP,
@@ -14,7 +15,9 @@ from .layout import (
     decode,
     encode,
 )
-from .plan import LEAST_FLOOR, Plan, Stage, plan_of
+from .plan import Plan
+from .stage import LEAST_FLOOR, Stage
+from .terms import Measure, Product, Reduction
 from .transpose import Transposed, alternates, transpose
 
 __all__ = [
@@ -27,13 +30,16 @@ __all__ = [
     "WRITES_M",
     "WRITES_X",
     "Layout",
+    "Measure",
     "PackedRow",
     "Plan",
+    "Product",
+    "Reduction",
     "Stage",
     "Transposed",
     "alternates",
     "decode",
     "encode",
-    "plan_of",
+    "living",
     "transpose",
 ]

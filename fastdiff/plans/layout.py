@@ -218,6 +218,11 @@ class Layout:
             getattr(self, f.name) >= getattr(other, f.name) for f in dataclasses.fields(Layout)
         )
 
+    def joined(self, other: Layout) -> Layout:
+        """The least layout that holds rows of this one and of another."""
+        names = [f.name for f in dataclasses.fields(Layout)]
+        return Layout(*(max(getattr(self, name), getattr(other, name)) for name in names))
+
 
 @functools.lru_cache(maxsize=256)
 def _places(layout: Layout) -> dict[str, int]:

@@ -20,8 +20,8 @@ sum of a few of those, worked out here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,7 @@ from .layout import (
     encode,
     layout_of,
 )
-
-if TYPE_CHECKING:
-    from .plan import Plan
+from .stage import Stage, evaluated_at_e
 
 # What a sum may hold besides registers: ("x", s) is x_bar_{s+1}, ("v", s) is v_s.
 Atom = tuple[str, int]
@@ -53,7 +51,8 @@ class Transposed:
     """The backward table of a plan; see the module.
 
     Attributes:
-        plan: The plan.
+        stages: Of the plan.
+        solver: The plan's name for people.
         rows: S + 1 rows. Row 0 makes h_bar of the last stage from the cotangent of the result; row
             i belongs to stage S - i and is run after that stage's VJP.
         layout: Of their table, for one branch; `pack` makes more.
@@ -62,7 +61,8 @@ class Transposed:
             adds weight times slot (None: the x_bar that comes in) to the cotangent of register i.
     """
 
-    plan: Plan
+    stages: tuple[Stage, ...]
+    solver: str
     rows: tuple[PackedRow, ...]
     layout: Layout
     slots: int
@@ -75,7 +75,7 @@ class Transposed:
 
     def __str__(self) -> str:
         names = self.layout.columns
-        lines = [f"{self.plan.solver} transposed  {len(self.rows)} rows  {self.slots} slots"]
+        lines = [f"{self.solver} transposed  {len(self.rows)} rows  {self.slots} slots"]
         for i, row in enumerate(self.pack(1)):
             shown = (
                 f"{n}={v:.6g}" for n, v in zip(names, row, strict=True) if v not in (0.0, -1.0)
@@ -93,8 +93,8 @@ def _add(total: Sum, terms: Sum, weight: float) -> None:
 class _Sums:
     """The cotangents of a plan as sums of atoms."""
 
-    def __init__(self, plan: Plan) -> None:
-        stages = plan.stages
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        at_e = evaluated_at_e(stages)
         count = len(stages)
         self.x: list[Sum] = [{} for _ in stages]  # x_bar_s, over atoms of stages s and later
         self.h: dict[int, Sum] = {}  # h_bar_s of evaluating stages, over atoms of later ones
@@ -114,28 +114,26 @@ class _Sums:
                         _add(owed[evaluations[place - back]], terms, weight)
             if stage.evaluate:
                 self.h[s] = owed[s]
-            at_e = bool(int(plan.table[s, 0]) & AT_E)
             v: Sum = {("v", s): 1.0} if stage.evaluate else {}
             x_bar: Sum = {}
             _add(x_bar, x_next, stage.a_x)
             _add(x_bar, e_bar, stage.d_x)
-            if not at_e:
+            if not at_e[s]:
                 _add(x_bar, v, 1.0)
             before: Sum = {}
             _add(before, x_next, stage.a_e)
             _add(before, e_bar, stage.d_e if stage.writes_e else 1.0)  # e keeps what it holds
-            if at_e:
+            if at_e[s]:
                 _add(before, v, 1.0)
             self.x[s], e_bar = x_bar, before
 
 
-def alternates(plan: Plan) -> bool:
+def alternates(stages: Sequence[Stage]) -> bool:
     """Whether every stage evaluates at one of x and e and updates the other from both and its h.
 
     Such a stage can be undone: what it evaluated at is still there, and its h with it.
     """
-    for i, stage in enumerate(plan.stages):
-        at_e = bool(int(plan.table[i, 0]) & AT_E)
+    for i, (stage, at_e) in enumerate(zip(stages, evaluated_at_e(stages), strict=True)):
         moves_x = stage.writes_x and not stage.writes_e and len(stage.b) <= 1
         moves_e = stage.writes_e and not stage.writes_x and len(stage.g) <= 1
         undone = stage.a_x != 0.0 if at_e else stage.d_e != 0.0 or i == 0
@@ -143,23 +141,23 @@ def alternates(plan: Plan) -> bool:
         plain = plain and not (stage.c or stage.c_e or stage.r or stage.s)
         if not (plain and undone and (moves_x if at_e else moves_e)):
             return False
-    return plan.uses_e
+    return any(stage.writes_e for stage in stages)
 
 
-def _alternating(plan: Plan) -> Transposed:
+def _alternating(stages: tuple[Stage, ...], solver: str) -> Transposed:
     """The backward table of a plan that alternates: both cotangents are registers.
 
     h_bar is b_0 x_bar or g_0 e_bar, so that no register holds it. A factor of e_bar alone waits
     for the next row that writes e.
     """
-    stages, count = plan.stages, len(plan.stages)
+    count, at_e = len(stages), evaluated_at_e(stages)
     end = stages[-1].q * _first(stages[-1].b)
     rows = [PackedRow(flags=WRITES_M, c_in_next=end)]
     factor = 0.0  # what the e register is to be multiplied with: nothing is owed to e at the end
     for i in reversed(range(count)):
         stage, before = stages[i], stages[i - 1] if i > 0 else None
         row = PackedRow(k=(stage.c_in,))
-        if int(plan.table[i, 0]) & AT_E:  # it moved x
+        if at_e[i]:  # it moved x
             row.flags = EVALUATE + WRITES_X + WRITES_E
             row.p, row.a_x = stage.p * _first(stage.b), stage.a_x
             row.d_x, row.d_e, row.g_0 = stage.a_e, factor, 1.0
@@ -173,24 +171,25 @@ def _alternating(plan: Plan) -> Transposed:
             row.c_in_next = before.q * _first(before.b) if before is not None else 0.0
         row.flags += WRITES_M * (before is not None)
         rows.append(row)
-    return Transposed(plan, tuple(rows), layout_of(rows), 0, ((),) * count)
+    return Transposed(stages, solver, tuple(rows), layout_of(rows), 0, ((),) * count)
 
 
 def _first(weights: tuple[float, ...]) -> float:
     return weights[0] if weights else 0.0
 
 
-def transpose(plan: Plan) -> Transposed:
-    """The backward table of a plan.
+def transpose(stages: Sequence[Stage], solver: str = "custom") -> Transposed:
+    """The backward table of a plan's stages; `solver` names them in errors.
 
     Raises:
         NotImplementedError: A row would read more than 64 earlier cotangents: e is carried on
             through too many stages (d_e != 0) without being made anew from x.
     """
-    if alternates(plan):
-        return _alternating(plan)
-    sums = _Sums(plan)
-    stages, count = plan.stages, len(plan.stages)
+    stages, count = tuple(stages), len(stages)
+    _check(stages, solver)
+    if alternates(stages):
+        return _alternating(stages, solver)
+    sums = _Sums(stages)
 
     def known_at(s: int, terms: Sum) -> Sum:
         """A sum over atoms that exist at launch s: x_bar_s itself is not one yet."""
@@ -204,7 +203,7 @@ def transpose(plan: Plan) -> Transposed:
     h_rows: dict[int, Sum] = {
         s: known_at(s, sums.h[s - 1]) for s in range(1, count) if s - 1 in sums.h
     }
-    owed = {s: _owed_to_extras(plan, sums, s) for s in range(count)}
+    owed = {s: _owed_to_extras(stages[s], sums, s) for s in range(count)}
     order = list(reversed(range(count)))
     last: dict[Atom, int] = {}
     for s in order:
@@ -225,7 +224,7 @@ def transpose(plan: Plan) -> Transposed:
         if len(past) > _MOST_TERMS:
             raise NotImplementedError(
                 f"transpose: a backward row reads at most {_MOST_TERMS} earlier cotangents; stage "
-                f"{s} of {plan.solver} would read {len(past)}. Make e anew from x (d_e = 0) now "
+                f"{s} of {solver} would read {len(past)}. Make e anew from x (d_e = 0) now "
                 'and then, or use gradient="backprop".'
             )
         reads.append([(atom, slot_of[atom]) for atom in past])
@@ -265,15 +264,25 @@ def transpose(plan: Plan) -> Transposed:
             (slot, x_row.get(atom, 0.0), (h_row or {}).get(atom, 0.0)) for atom, slot in read
         )
         rows.append(row)
-    return Transposed(plan, tuple(rows), layout_of(rows), slots, tuple(reversed(extras)))
+    return Transposed(stages, solver, tuple(rows), layout_of(rows), slots, tuple(reversed(extras)))
 
 
-def _owed_to_extras(plan: Plan, sums: _Sums, s: int) -> list[tuple[int, Atom, float]]:
+def _check(stages: Sequence[Stage], solver: str) -> None:
+    """Raises where a row has terms that have no transpose here."""
+    for i, s in enumerate(stages):
+        terms = (s.u, s.v, s.b_raw, s.g_raw, s.d_new) != (0.0, 1.0, 0.0, 0.0, 0.0)
+        if terms or s.products or s.scalars:
+            raise NotImplementedError(
+                f"transpose: stage {i} of {solver} has u, v, b_raw, g_raw, d_new, products or "
+                'scalars, which have no transposed row. Use gradient="backprop".'
+            )
+
+
+def _owed_to_extras(stage: Stage, sums: _Sums, s: int) -> list[tuple[int, Atom, float]]:
     """What stage s owes to the read-only registers: (register, atom, weight)."""
     owed = []
-    for i in range(plan.extras):
+    for i in range(stage.entries):
         terms: Sum = {}
-        stage = plan.stages[s]
         _add(terms, {("x", s): 1.0}, stage.r[i] if i < len(stage.r) else 0.0)
         _add(terms, sums.e_next[s], stage.s[i] if i < len(stage.s) else 0.0)
         owed += [(i, atom, weight) for atom, weight in terms.items()]

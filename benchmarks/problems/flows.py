@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probability flows under one schedule, from fixed starts: whose exact end or gradient is known."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastdiff as fd
+
+VP = fd.schedules.VPLinear(beta_min=0.1, beta_max=20.0)
+# Three components in eight dimensions, variances between 0.04 and 0.25.
+WEIGHTS = (0.5, 0.3, 0.2)
+MEANS = (
+    (1.0, -0.5, 0.3, 0.8, -1.2, 0.4, 0.9, -0.7),
+    (-0.9, 0.6, -1.1, 0.2, 0.7, -0.3, -0.4, 1.3),
+    (0.2, 1.4, 0.5, -1.0, 0.1, -1.3, 0.6, 0.0),
+)
+VARIANCES = (
+    (0.04, 0.09, 0.05, 0.16, 0.07, 0.10, 0.06, 0.12),
+    (0.10, 0.05, 0.08, 0.06, 0.20, 0.04, 0.11, 0.09),
+    (0.07, 0.12, 0.25, 0.05, 0.06, 0.08, 0.04, 0.15),
+)
+
+ENDS = {"t_max": 1.0, "t_min": 1e-2}  # of the runs that are differentiated
+TITLES = {
+    "mixture": "Gaussian mixture",
+    "empirical": "Exact denoiser of the digits",
+    "digits": "Digits network",
+    "sde": "Gaussian mixture, reverse SDE",
+}
+
+
+class Mixture(nn.Module):
+    """epsilon of a Gaussian mixture whose means are parameters: mu_k (1 + z_1) + z_2 move_k.
+
+    z is [B, 2]; at z = 0 it is `fastdiff.models.GaussianMixture`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        wide = functools.partial(torch.tensor, dtype=torch.float64)
+        self.means = nn.Parameter(wide(MEANS))
+        self.log_weights, self.variances = (
+            wide(WEIGHTS).log(),
+            wide(VARIANCES),
+        )
+        self.moves = fd.noise.normal(self.means.shape, 0, 7, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        told = t.detach().double().numpy()
+        alpha, sigma = (torch.as_tensor(f(told)).reshape(-1, 1, 1) for f in (VP.alpha, VP.sigma))
+        means = self.means * (1 + z[:, :1, None]) + self.moves * z[:, 1:, None]
+        variance = alpha**2 * self.variances + sigma**2  # [B, K, D]
+        offset = x[:, None] - alpha * means
+        exponents = (offset**2 / variance + variance.log()).sum(2)
+        share = (self.log_weights - 0.5 * exponents).softmax(1)[..., None]
+        return (sigma * share * offset / variance).sum(1)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A network on `VP`, where to start, and the functional <cotangent, sample> to differentiate.
+
+    Attributes:
+        title: As printed.
+        network: `network(x, t, **cond)`.
+        prediction: What it returns.
+        start: x at t = 1, [B, ...].
+        cond: Conditioning by keyword; what of it is floating wants a gradient.
+        theta: Whether the parameters do.
+    """
+
+    title: str
+    network: Callable[..., torch.Tensor]
+    prediction: str
+    start: torch.Tensor
+    cond: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    theta: bool = True
+
+    @functools.cached_property
+    def cotangent(self) -> torch.Tensor:
+        drawn = fd.noise.normal(self.start.shape, 0, 1, dtype=self.start.dtype)
+        return drawn.to(self.start.device)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        module = isinstance(self.network, nn.Module) and self.theta
+        return [p for p in self.network.parameters() if p.requires_grad] if module else []
+
+    def run(self, plan: fd.Plan) -> torch.Tensor:
+        """Where a plan ends."""
+        return fd.sample(self.network, self.start, plan, cond=dict(self.cond) or None)
+
+    def leaves(self) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
+        """x, the conditioning, and all that wants a gradient."""
+        x = self.start.clone().requires_grad_()
+        cond = {
+            k: v.clone().requires_grad_() if v.is_floating_point() else v
+            for k, v in self.cond.items()
+        }
+        return x, cond, [x, *(v for v in cond.values() if v.requires_grad), *self.parameters]
+
+    def named(self, found: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """Gradients of the leaves by name: x, z, theta (all parameters as one vector)."""
+        _, cond, wanted = self.leaves()
+        filled = [
+            torch.zeros_like(leaf) if g is None else g
+            for leaf, g in zip(wanted, found, strict=True)
+        ]
+        gradients = {"x": filled[0]}
+        names = [k for k, v in cond.items() if v.requires_grad]
+        gradients |= dict(zip(names, filled[1:], strict=False))
+        if self.parameters:
+            rest = filled[1 + len(names) :]
+            gradients["theta"] = torch.cat([g.flatten() for g in rest])
+        return gradients
+
+
+def untrained(name: str) -> Flow:
+    """A problem whose network has nothing to train, in a larger batch: where does its flow end?"""
+    if name == "mixture":
+        network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
+        start = fd.noise.normal((64, 8), 0, 0, dtype=torch.float64)
+        return Flow(TITLES[name], network, "epsilon", start, theta=False)
+    return empirical(16) if name == "empirical" else digits(10, theta=False)
+
+
+def mixture(batch: int = 64) -> Flow:
+    start = fd.noise.normal((batch, 8), 0, 0, dtype=torch.float64)
+    cond = {"z": torch.zeros(batch, 2, dtype=torch.float64)}
+    return Flow(TITLES["mixture"], Mixture(), "epsilon", start, cond)
+
+
+def empirical(batch: int = 8) -> Flow:
+    images, _ = fd.models.digits_data("train")
+    model = fd.models.EmpiricalDenoiser(images.double())
+    start = fd.noise.normal((batch, *images.shape[1:]), 0, 0, dtype=torch.float64)
+    return Flow(TITLES["empirical"], model.network(VP), "epsilon", start, theta=False)
+
+
+def digits(batch: int = 4, theta: bool = True) -> Flow:
+    network = fd.models.digits().double().requires_grad_(theta)
+    start = fd.noise.normal((batch, *network.shape), 0, 0, dtype=torch.float64)
+    cond = {"y": torch.arange(batch) % 10}
+    return Flow(TITLES["digits"], network, network.prediction, start, cond, theta)
+
+
+PROBLEMS: dict[str, Callable[[], Flow]] = {
+    "mixture": mixture,
+    "empirical": empirical,
+    "digits": digits,
+}
+
+
+def gradients(flow: Flow, plan: fd.Plan, gradient: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the functional by the library: of x, of z, of the parameters."""
+    x, cond, wanted = flow.leaves()
+    out = fd.sample(flow.network, x, plan, cond=cond or None, gradient=gradient, **options)
+    total = (out * flow.cotangent).sum()
+    return flow.named(torch.autograd.grad(total, wanted, allow_unused=True))
+
+
+def vp_plan(flow: Flow, solver: str, steps: int, grid: Any = "logsnr", **options: Any) -> fd.Plan:
+    ends = ENDS if isinstance(grid, str) else {}
+    return fd.plan(VP, solver, steps, grid=grid, prediction=flow.prediction, **ends, **options)
+
+
+def fine_plan(flow: Flow, steps: int) -> fd.Plan:
+    return vp_plan(flow, "dpmpp-3m", steps, warmup="runge-kutta")
+
+
+def truth(flow: Flow, steps: int) -> dict[str, torch.Tensor]:
+    """The gradient of the exact flow: the exact gradient of a fine run."""
+    return gradients(flow, fine_plan(flow, steps), fd.Discrete(checkpoint=25))
+
+
+def apart(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Relative errors: of x and z the median over the samples, of theta in all."""
+    errors = {}
+    for name, wanted in exact.items():
+        rows = (found[name] - wanted, wanted)
+        if name != "theta":
+            rows = tuple(r.flatten(1) for r in rows)
+        difference, size = (r.norm(dim=-1) for r in rows)
+        errors[name] = float((difference / size).median())
+    return errors

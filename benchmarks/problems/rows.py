@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a stage to measure, and registers for them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from harness.machine import GIB, KIB, MIB
+from harness.traffic import stage_bytes
+
+from fastdiff import backends
+from fastdiff.backends import Registers
+from fastdiff.plans import Layout, Plan, Stage, Transposed
+
+SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))
+TINY = ((65536, 16), (4096, 64))
+P, A_X, C = -0.25, 0.5, 0.1
+B_J = (0.3, -0.2, 0.1, -0.05)  # of h and of earlier outputs: sums under 1, so that x stays bounded
+GUIDANCE = ((1.0,), (3.0, -2.0))
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A transposed plan with what is read of a plan: its rows and whether they evaluate."""
+
+    transposed: Transposed
+
+    @property
+    def layout(self) -> Layout:
+        return self.transposed.layout
+
+    @property
+    def slots(self) -> int:
+        return self.transposed.slots
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """Of row 0, which makes h_bar of the last stage alone, and of the stages' rows."""
+        own = (stage.evaluate for stage in reversed(self.transposed.plan.stages))
+        return tuple(SimpleNamespace(evaluate=evaluate) for evaluate in (False, *own))
+
+    def pack(self, weights: Sequence[float]) -> Any:
+        return self.transposed.pack(len(weights))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of row.
+
+    Attributes:
+        outputs: M, the network outputs combined, the present one included.
+        branches: G.
+        network: Dtype of the network's outputs and of its next input.
+        noise: Whether the row draws.
+        backward: Whether it is of the transposed plan: x, e and the outputs are cotangents, and the
+            input that it writes is the next product's.
+    """
+
+    outputs: int = 2
+    branches: int = 1
+    network: torch.dtype = torch.float32
+    noise: bool = False
+    backward: bool = False
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return (1.0,) * self.branches if self.backward else GUIDANCE[self.branches - 1]
+
+    @property
+    def copies(self) -> int:
+        """Times the network's next input is written: none where the network is given x itself."""
+        own = self.branches > 1 or self.network != torch.float32 or self.backward
+        return self.branches if own else 0
+
+    @property
+    def row(self) -> int:
+        """The first row of full order, which pushes as well if M > 1 (backward: M > 2)."""
+        return self.outputs if self.backward else self.outputs - 1
+
+    @property
+    def rows(self) -> Plan | Backward:
+        """What is bound."""
+        return Backward(self.plan.transpose()) if self.backward else self.plan
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Its row by column."""
+        rows = self.rows
+        row = rows.pack(self.weights)[self.row].tolist()
+        return dict(zip(replace(rows.layout, branches=self.branches).columns, row, strict=True))
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Rows of rising order, then of full order to the end."""
+        stages = []
+        for k in range(2 * self.outputs):
+            stage = Stage(t=1.0 - k / 16, p=P, a_x=A_X, b=B_J[: min(k + 1, self.outputs)])
+            if self.noise:
+                stage = replace(stage, c=C, noise=((k + 1, 1.0),))
+            stages.append(stage)
+        return Plan(stages=tuple(stages), times=(1.0, 0.0))
+
+    def bytes(self, numel: int) -> int:
+        """What its row moves, counted from the row's flags."""
+        return stage_bytes(
+            *(self.rows, self.row, numel, torch.float32, self.network),
+            weights=self.weights,
+            copies=self.copies,
+        )
+
+    def __str__(self) -> str:
+        dtype = str(self.network).removeprefix("torch.")
+        text = f"M={self.outputs} G={self.branches} {dtype}" + ", noise" * self.noise
+        return text + ", backward" * self.backward
+
+
+CHOSEN = (
+    Case(),
+    Case(noise=True),
+    Case(backward=True),
+    Case(network=torch.bfloat16),
+    Case(3, 2, torch.bfloat16, True),
+    Case(3, 2, backward=True),
+)
+SHOWN = CHOSEN[:3]  # on the page at every size
+
+
+def all_cases() -> tuple[Case, ...]:
+    """The chosen ones, then the rest of the product; of backward rows those in float32."""
+    dtypes = (torch.float32, torch.bfloat16)
+    product = itertools.product(range(1, 5), (1, 2), dtypes, (False, True))
+    found = [*CHOSEN, *itertools.starmap(Case, product)]
+    found += [Case(m, g, backward=True) for m, g in itertools.product(range(1, 5), (1, 2))]
+    return tuple(dict.fromkeys(found))
+
+
+def cells(short: bool, largest: int) -> list[tuple[Case, Shape]]:
+    """What to measure, the most important first.
+
+    Args:
+        short: The chosen cases at 4 KiB, 1 MiB and 64 MiB alone.
+        largest: Bytes of a register, at most.
+    """
+    sizes = [s for s in SIZES if s <= largest]
+    shapes: list[Shape] = [(1, s // 4) for s in sizes]
+    first: list[Shape] = [(1, s // 4) for s in (4 * KIB, 64 * MIB, MIB) if s <= largest]
+    found = list(itertools.product(CHOSEN, first))
+    if not short:
+        tiny: list[Shape] = [s for s in TINY if 4 * math.prod(s) <= largest]
+        found += itertools.product(CHOSEN, [*shapes[::-1], *tiny])
+        found += itertools.product(all_cases(), [s for s in first if s != (1, KIB)])
+        found += itertools.product(all_cases(), tiny)
+    return list(dict.fromkeys(found))
+
+
+def registers_of(case: Case, shape: Shape, device: torch.device) -> tuple[Registers, torch.Tensor]:
+    """Filled registers for a case, and an output of its network."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normals(*leading: int) -> torch.Tensor:
+        return torch.randn((*leading, *shape), generator=generator, device=device)
+
+    out = normals(case.branches).to(case.network).flatten(0, 1)
+    m = torch.zeros_like(out) if case.copies else None
+    slots = case.rows.slots if case.backward else case.outputs - 1
+    history = normals(slots) if slots else None
+    seeds = torch.arange(shape[0], device=device) if case.noise else None
+    x = normals(1)[0]
+    e = normals(1)[0] if case.backward else None
+    return Registers(x=x, e=e, history=history, m=m, seeds=seeds), out
+
+
+def bind(name: str, case: Case, registers: Registers) -> Any:
+    """A backend's stage for a case, on these registers."""
+    rows = case.rows
+    table = torch.from_numpy(rows.pack(case.weights))
+    layout = replace(rows.layout, branches=case.branches)
+    return backends.get(name).bind(registers, table, layout)
+
+
+def moved_to(registers: Registers, device: torch.device) -> Registers:
+    tensors = {
+        name: value.to(device, copy=True)
+        for name in ("x", "e", "history", "m", "seeds")
+        if (value := getattr(registers, name)) is not None
+    }
+    return Registers(**tensors)
+
+
+def register_text(shape: Sequence[int]) -> str:
+    bytes_ = 4 * math.prod(shape)
+    if tuple(shape) in TINY:
+        return "[" + ",".join(map(str, shape)) + "]"
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if bytes_ >= unit:
+            return f"{bytes_ / unit:g} {name}"
+    return f"{bytes_} B"

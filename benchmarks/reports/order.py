@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors against evaluations: tables, the largest differences to diffusers, and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.plots import COLOURS, curve, new_figure, save
+from harness.records import Record
+from harness.text import number, table
+from problems.flows import TITLES
+
+Row = dict[str, Any]  # problem, grid, solver, rival, nfe, error
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """One row for every error of every record."""
+    kept = ("problem", "grid", "solver", "rival")
+    return [
+        {**{key: r[key] for key in kept}, "nfe": int(nfe), "error": error}
+        for r in records
+        for nfe, error in r["error"].items()
+    ]
+
+
+def page(records: Sequence[Record], place: str) -> str:
+    """One table for each problem and grid: ours, and diffusers' after a stroke where it exists."""
+    rows = rows_of(records)
+    budgets = sorted({r["nfe"] for r in rows})
+    groups = same(rows)
+    parts = []
+    for problem, grid in dict.fromkeys((r["problem"], r["grid"]) for r in rows):
+        ours = errors(rows, problem, grid, "fastdiff")
+        theirs = errors(rows, problem, grid, "diffusers")
+        best = {n: min(e[n] for e in ours.values() if n in e) for n in budgets}
+        lines = []
+        for solver in groups:
+            names = [solver, *groups[solver]]
+            their = next((theirs[name] for name in names if name in theirs), {})
+            cells = []
+            for n in budgets:
+                if n not in ours[solver]:
+                    cells.append("")
+                    continue
+                error = ours[solver][n]
+                shown = number(error)
+                cell = f"**{shown}**" if error == best[n] else shown
+                cells.append(cell + (f" / {number(their[n])}" if n in their else ""))
+            lines.append([solver, *cells])
+        title = f"**{TITLES[problem]}, grid `{grid}`**"
+        parts += [title, table(["NFE", *map(str, budgets)], lines)]
+    also = [
+        f"`{a}` stands for {', '.join(f'`{b}`' for b in rest)}"
+        for a, rest in groups.items()
+        if rest
+    ]
+    if also:
+        parts.append("One method under several names on this schedule: " + "; ".join(also) + ".")
+    parts.append(comparison(rows))
+    return "\n\n".join(parts)
+
+
+Errors = dict[str, dict[int, float]]  # solver -> NFE -> error
+
+
+def errors(rows: Sequence[Row], problem: str, grid: str, rival: str) -> Errors:
+    found: Errors = {}
+    for r in rows:
+        if (r["problem"], r["grid"], r["rival"]) == (problem, grid, rival):
+            found.setdefault(r["solver"], {})[r["nfe"]] = r["error"]
+    return found
+
+
+def same(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Solvers that are one on these problems (equal errors to five digits), by their first name."""
+    signature: dict[str, list[Any]] = {}
+    for r in rows:
+        if r["rival"] == "fastdiff":
+            case = (r["problem"], r["grid"], r["nfe"], f"{r['error']:.4e}")
+            signature.setdefault(r["solver"], []).append(case)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for solver, cases in signature.items():
+        groups.setdefault(tuple(cases), []).append(solver)
+    return {names[0]: names[1:] for names in groups.values()}
+
+
+def comparison(rows: Sequence[Row], shown: int = 6) -> str:
+    """How often ours ends nearer than diffusers', and the largest differences both ways."""
+    theirs = {_case(r): r["error"] for r in rows if r["rival"] == "diffusers"}
+    groups = same(rows)
+    seen = {name for names in groups.values() for name in names}
+    ratios = {
+        _case(r): theirs[_case(r)] / r["error"]
+        for r in rows
+        if r["rival"] == "fastdiff" and _case(r) in theirs and r["solver"] not in seen
+    }
+    if not ratios:
+        return ""
+    order = sorted(ratios, key=lambda case: ratios[case])
+    better = sum(ratio > 1.01 for ratio in ratios.values())
+    worse = sum(ratio < 1 / 1.01 for ratio in ratios.values())
+    text = (
+        f"Of {len(ratios)} pairs, ours ends nearer to the exact flow in {better}, diffusers' in "
+        f"{worse}, and {len(ratios) - better - worse} agree within 1 %. The largest differences:"
+    )
+    lines = []
+    for case in [*order[: -shown - 1 : -1], *order[shown - 1 :: -1]]:
+        problem, grid, solver, nfe = case
+        ours, their = theirs[case] / ratios[case], theirs[case]
+        row = [solver, TITLES[problem], grid, str(nfe)]
+        lines.append([*row, *map(number, (ours, their, ratios[case]))])
+    head = ["solver", "problem", "grid", "NFE", "fastdiff", "diffusers", "diffusers / fastdiff"]
+    return text + "\n\n" + table(head, lines)
+
+
+def _case(row: Row) -> tuple[str, str, str, int]:
+    return row["problem"], row["grid"], row["solver"], row["nfe"]
+
+
+_PANELS = {
+    "DEIS": ("deis-2", "deis-3", "deis-4", "deis-rhoab-3", "deis-logrho-3"),
+    "DPM-Solver": ("dpm-2", "dpm-3", "dpm-2m", "dpm-3m"),
+    "DPM-Solver++": ("dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m"),
+    "Runge-Kutta and iPNDM": ("heun", "deis-kutta3", "deis-rk4", "ipndm-2", "ipndm-4"),
+}
+
+
+def draw(records: Sequence[Record], folder: Path) -> None:
+    """`accuracy-PROBLEM.png` for every problem of the records."""
+    rows = rows_of(records)
+    for problem in dict.fromkeys(r["problem"] for r in rows):
+        draw_problem(rows, problem, folder / f"accuracy-{problem}.png")
+
+
+def draw_problem(rows: Sequence[Row], problem: str, path: Path) -> None:
+    """Error against NFE: a row a grid, a panel a family; DDIM in grey, diffusers' dashed."""
+    grids = list(dict.fromkeys(r["grid"] for r in rows if r["problem"] == problem))
+    size = (3.1 * len(_PANELS), 2.7 * len(grids) + 0.3)
+    figure = new_figure(size)
+    axes = figure.subplots(len(grids), len(_PANELS), sharex=True, sharey="row", squeeze=False)
+    budgets = sorted({r["nfe"] for r in rows})
+    for k, (row, grid) in enumerate(zip(axes, grids, strict=True)):
+        ours = errors(rows, problem, grid, "fastdiff")
+        theirs = errors(rows, problem, grid, "diffusers")
+        for panel, (family, solvers) in zip(row, _PANELS.items(), strict=True):
+            if "ddim" in ours:
+                panel.plot(*curve(ours["ddim"]), color="0.6", lw=1.2, label="ddim")
+            for solver, colour in zip(solvers, COLOURS, strict=False):
+                if solver not in ours:
+                    continue
+                style = {"color": colour, "lw": 1.4}
+                panel.plot(*curve(ours[solver]), marker="o", ms=3.5, label=solver, **style)
+                if solver in theirs:
+                    style |= {"ls": "--", "lw": 1.0, "marker": "x", "ms": 5}
+                    panel.plot(*curve(theirs[solver]), **style)
+            panel.set(xscale="log", yscale="log")
+            panel.set_xticks(budgets, [str(n) for n in budgets])
+            panel.minorticks_off()
+            panel.grid(alpha=0.25, lw=0.5)
+            if k == 0:
+                panel.set_title(family, fontsize=10)
+                panel.legend(fontsize=7, frameon=False, handlelength=1.5)
+            if k + 1 == len(grids):
+                panel.set_xlabel("network evaluations", fontsize=9)
+            panel.tick_params(labelsize=8)
+        row[0].set_ylabel(f"rms error, grid {grid}", fontsize=9)
+    figure.suptitle(f"{TITLES[problem]}: fastdiff solid, diffusers dashed", fontsize=10)
+    figure.tight_layout()
+    save(figure, path)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs captured by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from problems.loops import Loop, Parts
+
+import fastdiff as fd
+
+
+def capture(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """A CUDA graph of a body: what launches it, and what the body returned, which it rewrites.
+
+    Libraries choose and allocate at first calls: the body runs three times on a side stream first.
+    Workspaces of matrix libraries lie in the graph that first needed them; they are given up before
+    and after, so that no graph uses another's, which may be gone.
+    """
+    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            body()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.graph(graph):
+        out = body()
+    torch._C._cuda_clearCublasWorkspaces()
+    return graph.replay, out
+
+
+class Graphed:
+    """A network in a CUDA graph, as one captures one by hand: inputs are copied to fixed memory.
+
+    The condition is the one captured, in its place: it is not copied.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.x, self.t = parts.start.clone(), parts.time(torch.int64)
+        network, cond = parts.network, parts.cond
+        self.launch, self.out = capture(lambda: network(self.x, self.t, **cond))
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
+        self.x.copy_(x)
+        self.t.copy_(t)
+        self.launch()
+        return self.out
+
+
+def replay_alone(parts: Parts) -> Loop:
+    """The captured loop without the call around it: x is copied in, and nothing else is done."""
+    sampler, start = fd.Sampler(parts.network, parts.plan, graph="loop"), parts.start
+    sampler(start, parts.cond or None)
+    (captures,) = sampler._captures.values()
+    (entry,) = captures._entries.values()
+    x, launch = entry.run.registers.x, entry.launches[None]
+
+    def loop(keep: fd.Sampler = sampler) -> torch.Tensor:
+        x.copy_(start)  # from its own end it would grow without bound
+        launch()
+        return x
+
+    return loop

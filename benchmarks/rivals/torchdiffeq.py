@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torchdiffeq: gradients by its continuous adjoint, of the same flows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from harness.machine import installed
+from problems.flows import ENDS, VP, Flow
+from torch import nn
+from torch.nn import functional as F
+
+
+def version() -> str:
+    """Its version, or "none"."""
+    return importlib.metadata.version("torchdiffeq") if installed("torchdiffeq") else "none"
+
+
+class Exhausted(RuntimeError):
+    """A solver asks for more calls than it may have."""
+
+
+class InLambda(nn.Module):
+    """The flow dx/dlambda = sigma^2 x - sigma eps of a network on `VP`, and its calls.
+
+    In lambda and not in t, where torchdiffeq's adaptive solvers step past the end, to t < 0.
+    """
+
+    def __init__(self, flow: Flow, cond: Mapping[str, torch.Tensor], most: float) -> None:
+        super().__init__()
+        self._flow, self._cond = [flow], dict(cond)  # in a list: its parameters are not this one's
+        self.calls, self._most = 0, most
+
+    def forward(self, lam: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > self._most:
+            raise Exhausted(f"more than {self._most:g} calls")
+        (flow,) = self._flow
+        lam = lam.detach()  # the ends are fixed: their gradient is not asked for
+        alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
+        # (b_1 - b_0) t^2 / 4 + b_0 t / 2 = -log alpha
+        slope, b = VP.beta_max - VP.beta_min, VP.beta_min
+        log_alpha = -0.5 * F.softplus(-2 * lam)
+        t = -4 * log_alpha / (b + torch.sqrt(b * b - 4 * slope * log_alpha))
+        out = flow.network(x, t.to(x.dtype).expand(len(x)), **self._cond)
+        eps = out if flow.prediction == "epsilon" else alpha * out + sigma * x
+        return sigma * sigma * x - sigma * eps
+
+
+def lambda_ends(flow: Flow) -> torch.Tensor:
+    lam = VP.lambda_t(np.array([ENDS["t_max"], ENDS["t_min"]]))
+    return torch.tensor(lam, dtype=flow.start.dtype, device=flow.start.device)
+
+
+def stepped(flow: Flow, method: str, steps: int) -> dict[str, Any]:
+    """Options of a solver of fixed steps; a hair longer, or rounding would add one."""
+    first, last = lambda_ends(flow).tolist()
+    return {"method": method, "options": {"step_size": (last - first) / steps * (1 + 1e-6)}}
+
+
+def gradients(
+    flow: Flow, most: float = math.inf, **options: Any
+) -> tuple[list[torch.Tensor | None], int]:
+    """Gradients of the leaves by `odeint_adjoint`, and the calls of the network.
+
+    Raises:
+        Exhausted: It would take more than `most` calls.
+    """
+    import torchdiffeq
+
+    x, cond, wanted = flow.leaves()
+    function = InLambda(flow, cond, most)
+    ends = lambda_ends(flow)
+    out = torchdiffeq.odeint_adjoint(function, x, ends, adjoint_params=tuple(wanted[1:]), **options)
+    total = (out[-1] * flow.cotangent).sum()
+    return list(torch.autograd.grad(total, wanted, allow_unused=True)), function.calls
+
+
+def settings(flow: Flow) -> dict[str, list[dict[str, Any]]]:
+    """What of torchdiffeq is tried, by method."""
+    fixed = {
+        "midpoint": (2, 3, 4, 5, 7, 10, 15, 20, 25, 50),
+        "rk4": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24),
+        "euler": (5, 10, 20, 50),
+    }
+    adaptive = {
+        "bosh3": (1e-1, 1e-2, 1e-3),
+        "dopri5": (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5),
+    }
+    found = {
+        method: [stepped(flow, method, steps) for steps in counts]
+        for method, counts in fixed.items()
+    }
+    for method, tolerances in adaptive.items():
+        found[method] = [{"method": method, "rtol": tol, "atol": tol} for tol in tolerances]
+    return found

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks: one command for each, one for all of them, and one that writes the documents.
+
+    python benchmarks/run.py stage --short
+    python benchmarks/run.py all
+    python benchmarks/run.py report       # benchmarks/results/*.jsonl to docs/results/
+
+Each prints a page in Markdown, and adds its results to a file of JSON lines where `--out` names
+one. No time is printed unless the rivals have agreed before. Exit 1 where a gate stayed shut or
+something failed.
+"""
+
+from __future__ import annotations
+
+import bench_adjoint
+import bench_gradients
+import bench_loop
+import bench_order
+import bench_stage
+import bench_step
+import click
+from harness.command import command_of
+from harness.machine import ROOT
+from reports.pages import write_pages
+
+# A benchmark joins by its line here.
+BENCHES = (
+    bench_stage.BENCH,
+    bench_step.BENCH,
+    bench_loop.BENCH,
+    bench_gradients.BENCH,
+    bench_adjoint.BENCH,
+    bench_order.BENCH,
+)
+
+
+@click.group(help=(__doc__ or "").partition("\n")[0])
+def main() -> None:
+    pass
+
+
+for bench in BENCHES:
+    main.add_command(command_of(bench))
+
+
+@main.command("all")
+@click.pass_context
+def all_benches(context: click.Context) -> None:
+    """Run every benchmark with its defaults."""
+    failed = []
+    for bench in BENCHES:
+        click.echo(f"\n# {bench.name}\n")
+        try:
+            context.invoke(main.commands[bench.name])
+        except click.ClickException as error:
+            failed.append(error.format_message())
+    if failed:
+        raise click.ClickException("\n".join(failed))
+
+
+@main.command()
+def report() -> None:
+    """Write the tables and plots of docs/ from benchmarks/results/."""
+    for path in write_pages(ROOT / "benchmarks" / "results", ROOT / "docs"):
+        click.echo(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An entry of a family's list of solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import Solver
+
+
+@dataclass(frozen=True)
+class Info:
+    """What is known of a named solver.
+
+    Attributes:
+        name: Its name.
+        make: Its class.
+        measured_order: Slope of log error on log steps, measured with warmup="runge-kutta" where
+            the solver has one. The `order` of a name or an option is the field's instead: the
+            number of outputs that a step combines.
+        nfe_per_step: Evaluations a step.
+        summary: One line.
+        source: Paper.
+        fixed: Options that the name fixes, and those that change nothing under it.
+        least_steps: Fewest steps that a plan can have.
+        stochastic: Whether the solver draws noise by default.
+        aliases: Names that other libraries give to this solver, each with the options that make
+            it the same sampler.
+    """
+
+    name: str
+    make: type[Solver]
+    measured_order: int
+    nfe_per_step: int
+    summary: str
+    source: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    least_steps: int = 1
+    stochastic: bool = False
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords that `fastdiff.plan` takes for the solver, with their defaults."""
+        fields = dataclasses.fields(self.make)
+        return {f.name: f.default for f in fields if f.name not in self.fixed}

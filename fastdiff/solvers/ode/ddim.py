@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DDIM: one output a step, with or without noise."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from ...schedules import Array, Schedule
+from ..base import X0Limits, choice, within
+from ..entry import Info
+from ..exponential import moments, transfer
+from ..rows import Row, Rows
+
+
+@dataclass(frozen=True)
+class DDIM(X0Limits):
+    """DDIM: the exact flow of a constant epsilon (equally, of a constant x0) over each step.
+
+        x_{i+1} = alpha_{i+1} x0 + sqrt(sigma_{i+1}² - s²) eps + s z
+        s = eta sigma_{i+1} sqrt(1 - exp(-2 h))
+
+    Order 1. eta = 0 is deis-1, dpm-1, dpmpp-1 and, on an EDM or flow schedule, Euler. eta = 1 is
+    DDPM's posterior. A step that ends at sigma = 0 is x' = x0, without noise.
+
+    Args:
+        eta: Share of fresh noise, in [0, 1].
+        form: Variable of the rows: "epsilon", "x0", or "auto": epsilon unless x0 is limited
+            or alpha = 0 at the start. The forms agree to rounding.
+        clip, threshold: Of x0, as in `X0Limits`; epsilon is then recomputed from the limited x0.
+
+    Source: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, eqs. 12 and 16.
+    """
+
+    eta: float = 0.0
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        within(self.name, "eta", self.eta, 0.0, 1.0)
+        choice(self.name, "form", self.form, ("auto", "epsilon", "x0"))
+        self.check_limits(self.form)
+
+    @property
+    def name(self) -> str:
+        return "ddim"
+
+    def variable(self, schedule: Schedule, times: Array) -> str:
+        return form_of(self.form, self.limits, schedule, times)
+
+    def write(self, rows: Rows, times: Array) -> None:
+        self.limit(rows)
+        for s, t in itertools.pairwise(times):
+            a, b, c = ddim_row(rows.schedule, rows.variable, s, t, self.eta)
+            rows.add(s, x=Row(x=a, outputs={rows.current: b}, noise=c))
+
+
+def form_of(form: str, limited: bool, schedule: Schedule, times: Array) -> str:
+    """What "auto" stands for: epsilon, unless x0 is limited or alpha = 0 at the start."""
+    if form != "auto":
+        return form
+    return "x0" if limited or float(schedule.alpha(times[0])) == 0.0 else "epsilon"
+
+
+def ddim_row(
+    schedule: Schedule, form: str, s: float, t: float, eta: float
+) -> tuple[float, float, float]:
+    """Weights of x, of the output at s and of fresh noise in DDIM's step from s to t."""
+    if eta == 0.0:
+        return transfer(schedule, form, s, t), moments(schedule, form, s, t, 1)[0], 0.0
+    h = float(schedule.lambda_t(t) - schedule.lambda_t(s))
+    sigma = float(schedule.sigma(t))
+    noise = eta * sigma * math.sqrt(-math.expm1(-2.0 * h))
+    # sigma² - noise² without cancellation at eta = 1: sigma² exp(-2h) + (1 - eta²) (...)
+    rest = math.exp(-2.0 * h) + (1.0 - eta**2) * -math.expm1(-2.0 * h)
+    direct = sigma * math.sqrt(rest)
+    alpha_s, sigma_s = float(schedule.alpha(s)), float(schedule.sigma(s))
+    alpha_t = float(schedule.alpha(t))
+    if form == "epsilon":
+        return alpha_t / alpha_s, direct - alpha_t * sigma_s / alpha_s, noise
+    return direct / sigma_s, alpha_t - direct * alpha_s / sigma_s, noise
+
+
+SOLVERS = (
+    Info(
+        "ddim",
+        DDIM,
+        measured_order=1,
+        nfe_per_step=1,
+        summary="exact flow of a constant output; eta adds noise",
+        source="Song et al., arXiv:2010.02502",
+    ),
+)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The solvers by name: `family-order`, the number the field uses, and other libraries' names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from .._text import unknown
+from ..plans import Plan
+from ..schedules import Schedule
+from .base import Solver
+from .entry import Info
+from .ode import ddim, deis, dpm_multistep, dpm_singlestep, ipndm, reversible, runge_kutta
+from .sde import ddpm
+
+_FAMILIES = (
+    ddim,
+    ddpm,
+    runge_kutta,
+    deis,
+    ipndm,
+    dpm_singlestep,
+    dpm_multistep,
+    reversible,
+)
+_REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}
+_ALIASES = {alias: entry for entry in _REGISTRY.values() for alias in entry.aliases}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all solvers, without the aliases."""
+    return tuple(_REGISTRY)
+
+
+def info(name: str) -> Info:
+    """What is known of a solver: measured order, cost, source, options.
+
+    Args:
+        name: A name or an alias.
+
+    Raises:
+        ValueError: No solver has this name; the nearest are suggested.
+    """
+    entry = (_REGISTRY | _ALIASES).get(name) if isinstance(name, str) else None
+    if entry is None:
+        raise unknown("solver", "solver", name, _REGISTRY)
+    return entry
+
+
+def get(name: str, **options: Any) -> Solver:
+    """The solver of this name with these options.
+
+    Args:
+        name: A name or an alias; an alias brings the options that make it the same sampler.
+        **options: The solver's own (`info(name).options`).
+
+    Raises:
+        ValueError: Unknown name or a bad value.
+        TypeError: An option that this solver does not have (those it has are listed).
+    """
+    entry = info(name)
+    allowed = entry.options
+    for option in options:
+        if option not in allowed:
+            has = ", ".join(f"{k}={v!r}" for k, v in allowed.items()) or "none"
+            raise TypeError(f"{name}: no option {option!r}. It has: {has}.")
+    return entry.make(**{**entry.fixed, **entry.aliases.get(name, {}), **options})
+
+
+def plan(
+    schedule: Schedule,
+    solver: str | Solver,
+    steps: int,
+    *,
+    grid: str | ArrayLike = "auto",
+    t_max: float | None = None,
+    t_min: float | None = None,
+    prediction: str = "epsilon",
+    **options: Any,
+) -> Plan:
+    """Compiles a schedule, a solver and a grid to a plan: all about sampling but the network.
+
+    Args:
+        schedule: A `fastdiff.schedules.Schedule`.
+        solver: A name (`fastdiff.solvers.names()`) or a `Solver`.
+        steps: Intervals of the grid. Singlestep and Runge-Kutta solvers evaluate the network
+            several times in each (`plan.nfe` tells), and with `published=True` take the authors'
+            meaning.
+        grid: A name (`fastdiff.grids.names()`; "auto": the schedule's own), a name with a
+            parameter ("karras(5)"), or steps + 1 decreasing times.
+        t_max, t_min: Ends of the grid in the schedule's units; None: the schedule's own.
+        prediction: What the network returns: "epsilon", "x0", "v" (= alpha eps - sigma x0),
+            "velocity" (= dx/dt of the flow), "score", or "edm" (raw F of EDM's preconditioning).
+        **options: The solver's own (`fastdiff.solvers.info(name).options`).
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An unknown name, more outputs to combine than steps, bad times, an end where the
+            solver has no limit. The message names what would work.
+        TypeError: A value of the wrong kind, or an option that the solver does not have.
+    """
+    if isinstance(solver, str):
+        solver = get(solver, **options)
+    elif not isinstance(solver, Solver):
+        raise TypeError(f"plan: solver is a name or a fastdiff.solvers.Solver; got {solver!r}.")
+    elif options:
+        raise TypeError(
+            f"plan: options belong to the solver given, {solver}; got {', '.join(options)} as "
+            "well. Set them on it."
+        )
+    return solver.plan(schedule, steps, grid=grid, t_max=t_max, t_min=t_min, prediction=prediction)

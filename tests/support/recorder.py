@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A capturer for tests on a CPU: it keeps what a body does and does it again, and counts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+import torch
+
+
+class Recorder:
+    """Records functions instead of launches.
+
+    A real capture executes nothing: while this one records, the tensors in `poison` are filled with
+    NaN afterwards, so that what a recording leaves behind is never mistaken for a result. It can be
+    told to fail as a device does.
+    """
+
+    def __init__(self):
+        self.recorded = self.launched = self.rehearsed = self.followed = self.pools = 0
+        self.here = "stream 0"
+        self.facts = None
+        self.failure = None  # raised at the end of a recording
+        self.synchronises = None  # raised in a strict rehearsal
+        self.bytes_each = 0
+        self.poison = lambda: ()
+
+    def environment(self, device):
+        return self.facts
+
+    def stream(self, device):
+        return self.here
+
+    def follow(self, device, earlier):
+        self.followed += 1
+
+    @contextlib.contextmanager
+    def preserved(self, device):
+        state = torch.get_rng_state()
+        yield lambda: torch.set_rng_state(state)
+
+    def rehearse(self, device, body, strict):
+        self.rehearsed += 1
+        body()
+        if strict and self.synchronises is not None:
+            raise self.synchronises
+
+    def record(self, device, body, pool):
+        body()
+        for tensor in self.poison():
+            tensor.fill_(float("nan"))
+        if self.failure is not None:
+            raise self.failure
+        self.recorded += 1
+
+        def launch():
+            self.launched += 1
+            body()
+
+        return launch
+
+    def recording(self):
+        return False
+
+    def pool(self, device):
+        self.pools += 1
+        self.recorded_before = self.recorded
+        return self.pools
+
+    def pool_bytes(self, device, pool):
+        return (self.recorded - self.recorded_before) * self.bytes_each
+
+
+def capturers():
+    """The library's table of capturers by device type, or None where it has none by these names."""
+    for module in ("fastdiff.capture.cuda", "fastdiff.capture", "fastdiff.graphs"):
+        with contextlib.suppress(ImportError):
+            table = getattr(importlib.import_module(module), "CAPTURERS", None)
+            if table is not None:
+                return table
+    return None
