@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .flow import adjoint_plan, schedule_of
+from .flow import adjoint_of
 from .keeping import recorded_times
 from .options import AdjointDEIS
 from .published import published
@@ -26,13 +26,13 @@ def continuous(sweep: Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tensor]
     """
     trace = sweep.trace
     plan = trace.plan
-    schedule = schedule_of(gradient, plan)
-    flow = Flow(trace, schedule, adjoint_plan(gradient, plan, trace.recent))
+    adjoint = adjoint_of(gradient, plan, trace.recent)
+    flow = Flow(trace, adjoint.schedule, adjoint.own)
     states: States
     if gradient.states == "resolve":
         states = Resolved(flow, kept[-1], gradient.order)
     else:
-        states = Recorded(schedule, recorded_times(plan), kept)
+        states = Recorded(adjoint.schedule, recorded_times(plan), kept)
     if gradient.published:
         published(sweep, flow, gradient.order, states)
         return

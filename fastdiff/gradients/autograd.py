@@ -16,7 +16,7 @@ from ..engine.job import Job
 from ..plans import alternates
 from .backward import backward
 from .captured import captured_run, check_once
-from .flow import adjoint_plan, check_continuous, on_the_plans_times
+from .flow import adjoint_of, check_guidance, on_the_plans_times
 from .named import check_hidden, check_versions
 from .options import AdjointDEIS, Discrete
 from .pools import Pools
@@ -62,11 +62,11 @@ def differentiable(
     check_hidden(guidance.conditions_given(), "uncond")
     cond = guidance.conditions(call.cond, call.batch)
     if isinstance(gradient, AdjointDEIS):
-        check_continuous(gradient, plan, guidance)
+        check_guidance(guidance, plan)
         if varies(cond):
             gradient = on_the_plans_times(gradient, plan)
-        adjoint_plan(gradient, plan, pools.recent)  # says what it cannot do
-    elif gradient.undo and not alternates(plan):
+        adjoint_of(gradient, plan, pools.recent)  # says what it cannot do
+    elif gradient.undo and not alternates(plan.stages):
         raise ValueError(
             "Discrete: undo=True needs a plan whose every stage moves one of x and e from the "
             f'other, such as "rex-1"; got {plan.solver}. Use that, or checkpoint=.'

@@ -131,10 +131,10 @@ def captured_run(
     named = (*params, *tensors_in(call.cond), *call.extras)
     needs = tuple(tensor.requires_grad for tensor in (x, *named))
     described, _ = flatten(call.cond)
-    made_for = (gradient, job.plan.handle, id(job.guidance), job.spec(x, call.offset), x.dtype)
-    key = (*made_for, job.fresh_inputs, needs, tuple(map(id, params)), described)
+    of_job = (job.plan.handle, id(job.guidance), job.spec(x, call.offset), job.fresh_inputs)
+    of_call = (x.dtype, needs, tuple(map(id, params)), described)
     with captures.lock:
-        key = (*key, captures.environment())
+        key = (gradient, *of_job, *of_call, captures.environment())
         entry = captures.get(key)
         while entry is None:
             captured = Captured(job, gradient, plain, params, needs, recent)

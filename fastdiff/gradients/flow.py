@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ import torch
 from ..guidance import Guidance
 from ..plans import Plan, Stage
 from ..schedules import Schedule
-from ..solvers.base import Rows
-from ..solvers.dpm import DPMSolverMultistep
+from ..solvers import DPMSolverMultistep, Row, Rows
 from ..solvers.exponential import phi
 from .options import AdjointDEIS
 from .pools import Recent
@@ -25,24 +24,68 @@ _SAME = 1e-6  # relative difference of two schedules' numbers that rounding can 
 _POINTS = 257  # times at which two schedules are compared
 
 
-def check_continuous(gradient: AdjointDEIS, plan: Plan, guidance: Guidance) -> None:
-    """Raises where the continuous adjoint of a plan has no meaning or no limit."""
+@dataclass(frozen=True, eq=False)
+class Adjoint:
+    """What the continuous adjoint of a plan stands on.
+
+    Attributes:
+        schedule: Of the flow.
+        own: The plan on the adjoint's nodes, whose transposed rows are the adjoint's.
+    """
+
+    schedule: Schedule
+    own: Plan
+
+
+def adjoint_of(gradient: AdjointDEIS, plan: Plan, recent: Recent) -> Adjoint:
+    """The adjoint of a plan, made and checked once.
+
+    Raises:
+        ValueError, NotImplementedError: It has no meaning or no limit, or its schedule is not the
+            plan's.
+    """
+
+    def made() -> Adjoint:
+        _check_rows(plan)
+        schedule = schedule_of(gradient, plan)
+        _check_ends(gradient, schedule, plan)
+        return Adjoint(schedule, _nodes(gradient, schedule, plan))
+
+    return recent.get(plan, ("adjoint", gradient), made)
+
+
+def check_guidance(guidance: Guidance, plan: Plan) -> None:
+    """Raises where the weights of the branches change along a run."""
+    first = guidance.weights(0)
+    for i in range(1, len(plan.stages)):
+        if not all(map(_equal, guidance.weights(i), first)):
+            raise NotImplementedError(
+                f"{WHO}: guidance by one scale a stage has no value between stages; use a number "
+                'or a tensor of one a sample, or gradient="discrete".'
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return bool(a == b)
+
+
+def _check_rows(plan: Plan) -> None:
     if any(stage.clip is not None or stage.threshold is not None for stage in plan.stages):
         raise ValueError(
             f"{WHO}: the flow has no clip and no threshold, so its gradient cannot pass those of "
             'the plan. Use gradient="discrete".'
         )
-    if plan.extras:
+    if plan.extras or plan.scalars:
+        what = "extra input registers" if plan.extras else "measures of the samples"
         raise NotImplementedError(
-            f'{WHO}: extra input registers are not part of the flow. Use gradient="discrete".'
+            f'{WHO}: {what} are not part of the flow. Use gradient="discrete".'
         )
     _check_times(plan)
-    schedule = schedule_of(gradient, plan)
-    if _changes(guidance, len(plan.stages)):
-        raise NotImplementedError(
-            f"{WHO}: guidance by one scale a stage has no value between stages; use a number or a "
-            'tensor of one a sample, or gradient="discrete".'
-        )
+
+
+def _check_ends(gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> None:
     ends = (plan.times[0], plan.times[-1])
     finite = bool(np.isfinite(schedule.lambda_t(np.array(ends))).all())
     if plan.stochastic:
@@ -63,20 +106,6 @@ def _check_times(plan: Plan) -> None:
                 f"{WHO}: states are found by their time, so the plan's times decrease throughout; "
                 f'got times[{i}] = {cur:g}, times[{i + 1}] = {nxt:g}. Use gradient="discrete".'
             )
-
-
-def _changes(guidance: Guidance, stages: int) -> bool:
-    """Whether the weights of the branches change from stage to stage."""
-    first = guidance.weights(0)
-    return any(
-        not all(map(_equal, guidance.weights(i), first, strict=True)) for i in range(1, stages)
-    )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    return bool(a == b)
 
 
 def _check_stochastic(gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> None:
@@ -124,18 +153,20 @@ def schedule_of(gradient: AdjointDEIS, plan: Plan) -> Schedule:
     Raises:
         ValueError: It is not known, or the one that was given contradicts the plan.
     """
-    own, given = plan.made_for, gradient.schedule
+    own, given = plan.schedule, gradient.schedule
+    lacking = _lacking(own, plan)
     if given is None:
-        if not isinstance(own, Schedule):
+        if own is None or lacking is not None:
             raise ValueError(
-                f"{WHO}: the flow needs the plan's schedule, which a plan that was loaded or made "
-                f"by hand does not carry; got {own!r}. Give AdjointDEIS(schedule=...)."
+                f"{WHO}: the flow needs the plan's schedule, and this plan does not carry it: "
+                f"{lacking} Give AdjointDEIS(schedule=...)."
             )
         return own
-    if isinstance(own, Schedule):
+    if own is not None and lacking is None:
         if own != given and not _agree(own, given, plan):
             raise ValueError(
-                f"{WHO}: schedule is the plan's own, {own}; got {given}. Leave it out."
+                f"{WHO}: schedule is the plan's own, {own}; got {given}, which differs from it. "
+                "Leave it out."
             )
         return own
     problem = _contradiction(given, plan)
@@ -145,6 +176,17 @@ def schedule_of(gradient: AdjointDEIS, plan: Plan) -> Schedule:
             "Give the plan's."
         )
     return given
+
+
+def _lacking(schedule: Schedule | None, plan: Plan) -> str | None:
+    """Why a plan's schedule cannot be asked; None where it can."""
+    if schedule is None:
+        return "it was made by hand."
+    try:
+        schedule.alpha(plan.times[0])
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _agree(a: Schedule, b: Schedule, plan: Plan) -> bool:
@@ -219,11 +261,6 @@ def on_the_plans_times(gradient: AdjointDEIS, plan: Plan) -> AdjointDEIS:
     return gradient if plan.stochastic else replace(gradient, grid=plan.times)
 
 
-def adjoint_plan(gradient: AdjointDEIS, plan: Plan, recent: Recent) -> Plan:
-    """The plan on the adjoint's grid whose transposed rows are the adjoint's, made once."""
-    return recent.get(plan, gradient, lambda: _nodes(gradient, schedule_of(gradient, plan), plan))
-
-
 def _nodes(gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> Plan:
     times = np.array(plan.times)
     finite = bool(np.isfinite(schedule.lambda_t(times[[0, -1]])).all())
@@ -267,7 +304,8 @@ def _reverse_sde(schedule: Schedule, plan: Plan, order: int) -> Plan:
             j, a = [alpha], 0.0
         u = lam[i::-1][:k] - lam[i] if k > 1 else np.zeros(1)
         b = np.linalg.solve(np.vander(u, increasing=True).T, np.array(j))
-        rows.add(float(s), x=(a, dict(zip(range(i, i - k, -1), b.tolist(), strict=True))))
+        outputs = dict(zip(range(i, i - k, -1), b.tolist(), strict=True))
+        rows.add(float(s), x=Row(a, outputs=outputs))
     return Plan(
         stages=tuple(rows.stages),
         times=plan.times,

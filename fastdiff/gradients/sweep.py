@@ -197,18 +197,18 @@ class Sweep:
             input_at: What it is given there, asked for from the last stage to the first.
             observe: Is given the stage and the network's output of each evaluation.
         """
-        plan, x = transposed.plan, self.x_bar
+        stages, x = transposed.stages, self.x_bar
         assert x is not None
         table = transposed_table(self.trace, transposed)
-        last = len(plan.stages)
-        earliest = next((i for i, stage in enumerate(plan.stages) if stage.evaluate), last)
+        last = len(stages)
+        earliest = next((i for i, stage in enumerate(stages) if stage.evaluate), last)
         spec = table.spec(x, self.trace.job.backend)
         with self.trace.runs.backward_run(table, spec) as run:
             registers = run.registers
             registers.x.copy_(x)
             run.row(0, None)
             for row, i in enumerate(reversed(range(last)), start=1):
-                stage, m_bar = plan.stages[i], None
+                stage, m_bar = stages[i], None
                 self._credit(transposed.extras[i], registers)
                 needs_x = self.trace.needs or i > earliest
                 if stage.evaluate:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,8 @@ class Trace:
                     given = given.clone()
                 now = at_stage(cond, i) if changes else cond
                 with scope(i), torch.set_grad_enabled(unseen):
-                    out = evaluated(job, (given, self.times[i], now), lambda i=i: _written(job, i))
+                    error = functools.partial(written, job, "network", i)
+                    out = evaluated(job, (given, self.times[i], now), error)
                 if isinstance(out, torch.Tensor):
                     if unseen:
                         check_named(out, (given, *self.named))
@@ -205,10 +207,6 @@ def written_backward() -> Written:
         "is. Let it work on a copy (x = x.clone()); a network is given memory of its own with "
         "Sampler(..., fresh_inputs=True)."
     )
-
-
-def _written(job: Job, i: int) -> Written:
-    return written(job, "network", i)
 
 
 def _autocast_of(device: str) -> Callable[[], Any]:

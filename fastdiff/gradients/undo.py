@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..engine.run import Run
-from ..plans import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, PackedRow, Plan
+from ..plans import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, PackedRow
 from .pools import Table
 from .sweep import Sweep
 from .trace import Input, Trace
@@ -35,15 +35,10 @@ def undone(sweep: Sweep, kept: Sequence[torch.Tensor]) -> None:
         sweep.run(trace.plan.transpose(), trace.times, states.at, states.observe)
 
 
-def _at_e(plan: Plan) -> list[bool]:
-    """Of each stage whether it evaluates at e: it does where the stage before wrote e."""
-    return [False, *(stage.writes_e for stage in plan.stages[:-1])]
-
-
 def _table_of(trace: Trace) -> Table:
     """Rows that take each stage back: x or e as it was before."""
     branches, rows = trace.job.guidance.branches, []
-    for i, (stage, at_e) in enumerate(zip(trace.plan.stages, _at_e(trace.plan), strict=True)):
+    for i, (stage, at_e) in enumerate(zip(trace.plan.stages, trace.plan.at_e, strict=True)):
         row = PackedRow(p=stage.p, k=(stage.q,) * branches)
         if at_e:  # it moved x
             row.flags = EVALUATE + AT_E + WRITES_X
@@ -63,7 +58,7 @@ class _Undone:
     def __init__(self, sweep: Sweep, run: Run) -> None:
         self._sweep, self._run = sweep, run
         trace = sweep.trace
-        self._points = _at_e(trace.plan)
+        self._points = trace.plan.at_e
         self._dtype = trace.job.input_dtype(trace.call.x)
 
     def at(self, i: int) -> Input:
