@@ -236,7 +236,7 @@ def _numbers(schedule: Schedule, plan: Plan, stage: Stage) -> list[tuple[str, An
     ]
     conversion = shown(*schedule.conversion(prediction, plan.variable, t))
     found.append(("(p, q)", shown(stage.p, stage.q), conversion))
-    if (stage.x0_p, stage.x0_q) != (0.0, 1.0):  # the default of a stage says nothing
+    if not math.isnan(stage.x0_p):  # a row made by hand need not say it
         x0 = shown(*schedule.conversion(prediction, "x0", t))
         found.append(("(x0_p, x0_q)", shown(stage.x0_p, stage.x0_q), x0))
     return found
