@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What gets a gradient: x, the network's parameters, and tensors anywhere in the conditioning."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from support.gradients import F64, apart, gradients, net_of, plan_of
@@ -219,3 +221,128 @@ def test_without_grad_mode_a_run_is_not_tracked(net):
         plain = sampler(x, out=torch.empty(3, 5, dtype=F64))
     assert not plain.requires_grad
     assert torch.equal(plain, sampler(x).detach())
+
+
+# -- where a tensor may stand ----------------------------------------------------------------------
+
+
+@dataclass
+class Control:
+    """A conditioning of a user's own."""
+
+    shift: torch.Tensor
+    strength: float = 0.5
+
+
+@dataclass(frozen=True)
+class Nested:
+    """One inside another, frozen."""
+
+    control: Control
+    name: str = "nested"
+
+
+class Opaque:
+    """An object that is no container."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+
+# Of each place: the conditioning made of one tensor, and what the network makes of it.
+PLACES = {
+    "a list": (lambda v: {"c": [v, 2.0]}, lambda c: c["c"][0] * c["c"][1]),
+    "a tuple": (lambda v: {"c": (1.0, (v,))}, lambda c: c["c"][1][0]),
+    "a dict in a list": (lambda v: {"c": [{"v": v}]}, lambda c: c["c"][0]["v"]),
+    "a dataclass": (lambda v: {"c": Control(v)}, lambda c: c["c"].shift * c["c"].strength),
+    "a frozen one": (
+        lambda v: {"c": Nested(Control(v))},
+        lambda c: c["c"].control.shift * c["c"].control.strength,
+    ),
+    "a third argument": (lambda v: [v], lambda c: c[0]),
+}
+
+
+def in_place(place, gradient, staged, guidance=None):
+    """The gradients in x and in a tensor that stands at a place of the conditioning."""
+    make, read = PLACES[place]
+    plan, generator = plan_of(), torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, generator=generator, dtype=F64).requires_grad_()
+    shape = (6, 1, 5) if staged else (1, 5)
+    value = torch.randn(shape, generator=generator, dtype=F64).requires_grad_()
+    cond = make(fd.PerStage(value) if staged else value)
+    if isinstance(cond, dict):
+        cond = {"y": torch.linspace(0.5, 1.5, 3, dtype=F64), **cond}
+
+    def network(x, t, *whole, **cond):
+        assert not isinstance(read(whole[0] if whole else cond), fd.PerStage)
+        shift = read(whole[0] if whole else cond)
+        return torch.tanh(x + shift) * (0.5 + cond["y"][:, None] if "y" in cond else 1.0)
+
+    out = fd.sample(network, x, plan, cond=cond, gradient=gradient, guidance=guidance)
+    return torch.autograd.grad(out.square().sum(), (x, value))
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["constant", "a stage"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_tensor_has_its_gradient_wherever_it_stands(place, staged):
+    expected = in_place(place, "backprop", staged)
+    assert bool((expected[1].abs() > 0).all())
+    for gradient in (fd.Discrete(), fd.Discrete(checkpoint=2)):
+        assert apart(in_place(place, gradient, staged), expected) < 1e-12
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["constant", "a stage"])
+@pytest.mark.parametrize("place", ["a list", "a dataclass"])
+def test_guidance_hands_what_is_whole_to_both_branches(place, staged):
+    guidance = fd.CFG(2.0, {"y": 0.25})
+    expected = in_place(place, "backprop", staged, guidance)
+    assert apart(in_place(place, "discrete", staged, guidance), expected) < 1e-12
+
+
+def test_a_tensor_may_stand_whole_and_stage_by_stage():
+    plan, x, results = plan_of(), torch.randn(3, 5, dtype=F64), []
+    values = torch.randn(6, 3, dtype=F64)
+    for gradient in ("backprop", "discrete", fd.Discrete(checkpoint=2)):
+        y = values.clone().requires_grad_()
+
+        def network(x, t, y, all):
+            return torch.tanh(x + y[:, None] + 0.5 * all[0].sum(0)[:, None])
+
+        cond = {"y": fd.PerStage(y), "all": [y]}
+        out = fd.sample(network, x, plan, cond=cond, gradient=gradient)
+        results.append(torch.autograd.grad(out.square().sum(), y))
+    assert apart(results[1], results[0]) < 1e-12
+    assert apart(results[2], results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("gradient", ["discrete", fd.AdjointDEIS(2)])
+def test_a_tensor_inside_another_object_is_refused(gradient):
+    shift, calls = torch.ones(5, dtype=F64, requires_grad=True), []
+
+    def network(x, t, c, y=None):
+        calls.append(1)
+        return torch.tanh(x + c[0].shift if t[0] < 0.5 else x)  # unseen at the first stage
+
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    options = {"cond": {"c": (Opaque(shift),)}, "gradient": gradient}
+    with pytest.raises(ValueError, match=r"requires grad inside cond\['c'\]\[0\]\. Move it out"):
+        fd.sample(network, x, plan_of(), **options)
+    options["cond"] = {"c": (Opaque(shift.detach()),), "y": torch.ones(3, 1, dtype=F64)}
+    hidden = fd.CFG(2.0, {"c": (Opaque(shift),), "y": 0.0})
+    with pytest.raises(ValueError, match=r"requires grad inside uncond\['c'\]\[0\]"):
+        fd.sample(network, x, plan_of(), guidance=hidden, **options)
+    assert calls == []
+    fd.sample(network, x, plan_of(), **options).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_an_extra_register_has_its_gradient_in_its_own_shape(net):
+    stages = tuple(fd.Stage(t=1.0 - i / 3, b=(0.4,), r=(0.3 * i, 0.2)) for i in range(3))
+    plan, x, results = fd.Plan(stages, (1.0, 0.0)), torch.randn(3, 5, dtype=F64), []
+    for gradient in ("backprop", "discrete"):
+        own = [torch.linspace(-1, 1, n, dtype=F64, requires_grad=True) for n in (5, 1)]
+        out = fd.sample(net, x, plan, extras=own, gradient=gradient)
+        results.append(torch.autograd.grad(out.square().sum(), own))
+    assert [g.shape for g in results[1]] == [(5,), (1,)]
+    assert apart(results[1], results[0]) < 1e-12

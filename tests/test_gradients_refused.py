@@ -233,3 +233,94 @@ def test_an_empty_batch_has_an_empty_gradient(net):
     x = torch.randn(0, 5, dtype=F64, requires_grad=True)
     fd.sample(net, x, plan_of(), gradient="discrete").sum().backward()
     assert x.grad.shape == (0, 5)
+
+
+# -- networks that write to what they are given ----------------------------------------------------
+
+
+class Writer(nn.Module):
+    """Writes to x or to t in place at one of its calls."""
+
+    def __init__(self, net, what, call):
+        super().__init__()
+        self.net, self.what, self.call, self.calls = net, what, call, 0
+
+    def forward(self, x, t, y=None):
+        self.calls += 1
+        if self.calls == self.call:
+            with torch.no_grad():
+                (x.detach() if self.what == "x" else t).mul_(1000.0)
+        return self.net(x, t, y)
+
+
+GRADIENTS = pytest.mark.parametrize(
+    "gradient",
+    [
+        fd.Discrete(),
+        fd.Discrete(checkpoint=2),
+        fd.AdjointDEIS(2),
+        fd.AdjointDEIS(2, published=True),
+        fd.AdjointDEIS(2, states="resolve"),
+    ],
+)
+
+
+@GRADIENTS
+@pytest.mark.parametrize("what", ["x", "t"])
+def test_writing_to_an_input_is_refused_wherever_it_happens(net, gradient, what):
+    plan = plan_of("ddim", 4)
+    writer = Writer(net, what, None)
+    sampler = fd.Sampler(writer, plan, gradient=gradient)
+
+    def found():
+        x = torch.ones(3, 5, dtype=F64, requires_grad=True)
+        writer.calls = 0
+        out = sampler(x, {"y": torch.ones(3, dtype=F64)})
+        return [out.detach(), *torch.autograd.grad(out.sum(), (x, net.linear.weight))]
+
+    expected = found()
+    for call in range(1, writer.calls + 1):
+        writer.call = call
+        with pytest.raises((ValueError, RuntimeError), match="wrote to its input in place"):
+            found()
+        writer.call = None
+        assert all(map(torch.equal, found(), expected)), call  # nothing of it is left
+
+
+def test_a_pass_that_was_refused_cannot_be_taken_again_on_what_was_overwritten(net):
+    writer = Writer(net, "t", 5)
+    x = torch.ones(3, 5, dtype=F64, requires_grad=True)
+    out = fd.sample(writer, x, plan_of("ddim", 4), gradient="discrete").sum()
+    with pytest.raises(RuntimeError, match="wrote to its input in place"):
+        out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+@GRADIENTS
+def test_fresh_inputs_may_be_written_to(net, gradient):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, y=None):
+            x *= 0.5
+            t *= 2.0
+            return self.net(x, t, y)
+
+    def found(network, fresh):
+        x = torch.ones(3, 5, dtype=F64, requires_grad=True)
+        sampler = fd.Sampler(network, plan_of(), gradient=gradient, fresh_inputs=fresh)
+        wanted = (x, net.linear.weight)
+        return torch.autograd.grad(sampler(x, {"y": torch.ones(3, dtype=F64)}).sum(), wanted)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, y=None):
+            return self.net(0.5 * x, 2.0 * t, y)
+
+    assert apart(found(Scaled(), True), found(Plain(), False)) < 1e-14
