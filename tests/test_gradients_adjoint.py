@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.gradients import (
@@ -19,6 +20,8 @@ from support.gradients import (
 from torch import nn
 
 import fastdiff as fd
+from fastdiff.gradients.flow import schedule_of
+from fastdiff.gradients.keeping import States
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +195,138 @@ def test_a_loaded_plan_has_its_flow_and_one_made_by_hand_is_given_it():
     assert apart(flow_gradients(loaded, fd.AdjointDEIS(2)), expected) == 0.0
     loaded = replace(loaded, schedule=None)
     assert apart(flow_gradients(loaded, fd.AdjointDEIS(2, schedule=VP)), expected) == 0.0
+
+
+# -- the schedule and the times --------------------------------------------------------------------
+
+
+def betas(end=0.02):
+    return np.linspace(1e-4, end, 100)
+
+
+# Name: schedule, prediction, and another one that is easily taken for it.
+SCHEDULES = {
+    "vp-linear": (VP, "v", fd.schedules.VPLinear(beta_max=19.0)),
+    "vp-cosine": (fd.schedules.VPCosine(), "epsilon", VP),
+    "vp-discrete": (
+        fd.schedules.VPDiscrete(betas=betas()),
+        "epsilon",
+        fd.schedules.VPDiscrete(betas=betas(0.021)),
+    ),
+    "edm": (fd.schedules.EDM(), "edm", fd.schedules.EDM(sigma_data=0.6)),
+    "flow": (fd.schedules.FlowMatching(), "velocity", VP),
+    "x0": (VP, "x0", fd.schedules.VPCosine()),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_rows_made_for_a_schedule_do_not_contradict_it(name):
+    schedule, prediction, other = SCHEDULES[name]
+    made = 0
+    for solver in fd.solvers.names():
+        try:
+            plan = fd.plan(schedule, solver, 5, prediction=prediction)
+        except ValueError:  # the solver does not take it
+            continue
+        made += 1
+        by_hand = replace(plan, schedule=None)
+        assert schedule_of(fd.AdjointDEIS(schedule=schedule), by_hand) is schedule, solver
+        if (prediction, plan.variable) == ("x0", "x0"):
+            continue  # rows that combine what the network returns tell nothing of alpha and sigma
+        with pytest.raises(ValueError, match="schedule is the one that the plan was made for; got"):
+            schedule_of(fd.AdjointDEIS(schedule=other), by_hand)
+    assert made > 5
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_another_schedule_than_the_plans_is_refused(name):
+    schedule, prediction, other = SCHEDULES[name]
+    plan, calls = fd.plan(schedule, "dpmpp-2m", 5, prediction=prediction), []
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"schedule is the plan's own, .* differs from it"):
+        fd.sample(
+            *(lambda x, t: calls.append(1) or x, x, plan), gradient=fd.AdjointDEIS(schedule=other)
+        )  # fmt: skip
+    assert calls == []
+    assert schedule_of(fd.AdjointDEIS(schedule=schedule), plan) == schedule
+
+
+def test_functions_of_the_same_numbers_are_the_same_schedule():
+    def custom(name="mine"):
+        return fd.schedules.Custom(
+            lambda t: np.cos(np.pi / 2 * t),
+            lambda t: np.sin(np.pi / 2 * t),
+            (0.01, 0.99),
+            name=name,
+        )
+
+    first, second = custom(), custom("another")
+    plan = fd.plan(first, "dpmpp-2m", 5)
+    assert schedule_of(fd.AdjointDEIS(schedule=second), plan) is first
+    loaded = fd.Plan.from_json(plan.to_json())  # it has the name alone
+    with pytest.raises(ValueError, match=r"without its functions.*AdjointDEIS\(schedule="):
+        schedule_of(fd.AdjointDEIS(), loaded)
+    assert schedule_of(fd.AdjointDEIS(schedule=second), loaded) is second
+    with pytest.raises(ValueError, match="the plan was made for; got"):
+        schedule_of(fd.AdjointDEIS(schedule=VP), loaded)
+
+
+def test_a_schedule_is_one_of_the_librarys():
+    with pytest.raises(TypeError, match=r"one of fastdiff\.schedules"):
+        fd.AdjointDEIS(schedule="vp")
+
+
+def test_times_that_rise_are_refused():
+    """States are found by their time: a plan that goes back up has several at one time."""
+
+    def stage(t, **fields):
+        return fd.Stage(t=t, model_time=t, b=(-0.1,), **fields)
+
+    restart = fd.Plan(
+        (stage(0.9), stage(0.5, c=0.3, noise=((1, 1.0),)), stage(0.7), stage(0.3)),
+        (0.9, 0.5, 0.7, 0.3, 0.05),
+    )
+    encode = fd.Plan((stage(0.1), stage(0.5)), (0.1, 0.5, 0.9))
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    for plan, says in ((restart, r"times\[1\] = 0.5, times\[2\] = 0.7"), (encode, r"times\[0\]")):
+        gradient = fd.AdjointDEIS(1, schedule=VP)
+        with pytest.raises(NotImplementedError, match=f"decrease throughout; got {says}.*discrete"):
+            fd.sample(lambda x, t: x, x, plan, gradient=gradient, seed=0)
+        results = []
+        for gradient in ("backprop", "discrete"):  # which serve them
+            out = fd.sample(lambda x, t: torch.tanh(x), x, plan, gradient=gradient, seed=0)
+            results.append(torch.autograd.grad(out.sum(), x))
+        assert apart(results[1], results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["heun", "deis-rk4", "rex-1"])
+def test_states_are_those_that_the_run_went_on_from(fine, solver):
+    """A method that evaluates twice at one time predicts a state before it accepts one."""
+    _, exact = fine
+    plan = fd.plan(VP, solver, 16, grid="logsnr", **ENDS)
+    assert len({stage.t for stage in plan.stages}) < len(plan.stages)
+    for options in ({}, {"steps": 32}, {"steps": 24, "grid": "karras"}):
+        found = flow_gradients(plan, fd.AdjointDEIS(2, **options))
+        assert apart(found, exact) < 0.08, options
+    recorded = States(plan)
+    assert recorded.times == sorted(set(recorded.times), reverse=True)
+    assert set(recorded.times) == set(plan.times)
+
+
+def test_guidance_that_changes_along_the_run_has_no_flow():
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+
+    def network(x, t, y):
+        return torch.tanh(x) * y[:, None]
+
+    plan, y = plan_of(), torch.ones(3, dtype=F64)
+    options = {"cond": {"y": y}, "gradient": fd.AdjointDEIS(2)}
+    changing = fd.CFG([1.0, 2.0, 3.0, 3.0, 2.0, 1.0], {"y": 0.0})
+    with pytest.raises(NotImplementedError, match="one scale a stage has no value between stages"):
+        fd.sample(network, x, plan, guidance=changing, **options)
+    results = []
+    for scale in (2.0, [2.0] * 6, torch.full((3,), 2.0)):
+        out = fd.sample(network, x, plan, guidance=fd.CFG(scale, {"y": 0.0}), **options)
+        results.append(torch.autograd.grad(out.sum(), x))
+    assert apart(results[1], results[0]) < 1e-12
+    assert apart(results[2], results[0]) < 1e-12

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
+from . import keeping
 from .flow import adjoint_of
-from .keeping import recorded_times
 from .options import AdjointDEIS
 from .published import published
 from .states import Flow, Recorded, Resolved, States
@@ -22,7 +22,7 @@ def continuous(sweep: Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tensor]
     Args:
         sweep: The pass.
         gradient: The adjoint.
-        kept: States of the forward run: those of `recorded_times`, or its end alone.
+        kept: States of the forward run: those of `keeping.States`, or its end alone.
     """
     trace = sweep.trace
     plan = trace.plan
@@ -32,7 +32,7 @@ def continuous(sweep: Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tensor]
     if gradient.states == "resolve":
         states = Resolved(flow, kept[-1], gradient.order)
     else:
-        states = Recorded(adjoint.schedule, recorded_times(plan), kept)
+        states = Recorded(adjoint.schedule, keeping.States(plan).times, kept)
     if gradient.published:
         published(sweep, flow, gradient.order, states)
         return

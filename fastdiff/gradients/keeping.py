@@ -80,27 +80,25 @@ class End:
         return [tensor.clone() for tensor in ends]
 
 
-def recorded_times(plan: Plan) -> list[float]:
-    """Times whose states are recorded, decreasing, each once."""
-    times = {s.t for s in plan.stages if s.evaluate and s.t in plan.times}
-    return sorted({*times, plan.times[-1]}, reverse=True)
-
-
 class States:
-    """States at the plan's times, in the order of `recorded_times`.
+    """States at the plan's times.
 
     Where several evaluations stand at one time, the last one has the state that the run went on
     from; the others are predictions of it.
+
+    Attributes:
+        times: Of the states, decreasing, each once; the end of the run is the last.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._times = recorded_times(plan)
+        recorded = {s.t for s in plan.stages if s.evaluate and s.t in plan.times}
+        self.times = sorted({*recorded, plan.times[-1]}, reverse=True)
         self._found: dict[float, torch.Tensor] = {}
 
     def before(self, i: int, run: Run, stage: Stage) -> None:
-        if stage.evaluate and stage.t in self._times:
+        if stage.evaluate and stage.t in self.times:
             self._found[stage.t] = run.point(i).clone()
 
     def kept(self, run: Run) -> list[torch.Tensor]:
-        self._found[self._times[-1]] = run.registers.x.clone()
-        return [self._found[t] for t in self._times]
+        self._found[self.times[-1]] = run.registers.x.clone()
+        return [self._found[t] for t in self.times]
