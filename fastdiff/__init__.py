@@ -20,7 +20,7 @@ from .capture import Graph
 from .conditioning import PerStage
 from .gradients import AdjointDEIS, Discrete
 from .guidance import CFG
-from .plans import Plan, Stage
+from .plans import Measure, Plan, Product, Reduction, Stage
 from .sampler import Sampler, sample
 from .solvers import plan
 
@@ -32,8 +32,11 @@ __all__ = [
     "Batcher",
     "Discrete",
     "Graph",
+    "Measure",
     "PerStage",
     "Plan",
+    "Product",
+    "Reduction",
     "Sampler",
     "Stage",
     "backends",
