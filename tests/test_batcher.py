@@ -3,21 +3,12 @@
 
 import pytest
 import torch
+from support.captures import VP, network, plan_of
+from support.core import BACKENDS, needs_core
 
 import fastdiff as fd
 
-VP = fd.schedules.VPLinear()
-BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def network(x, t, y=None):
-    shift = 0.0 if y is None else y.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    return torch.tanh(x + shift) * (1 + 1e-3 * t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-
-
-def plan_of(solver, steps):
-    return fd.plan(VP, solver, steps, prediction="v", t_max=0.9)
 
 
 PLANS = [plan_of("ddim", 3), plan_of("deis-3", 7), plan_of("dpm-2", 2), plan_of("ddpm", 5)]
@@ -75,7 +66,7 @@ def test_conditioning_and_guidance_are_a_samples_own(scale):
         torch.testing.assert_close(got, alone(request, guidance), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 def test_one_captured_stage_serves_every_mixture(recorder):
     requests = requests_of(9, (6,), y=True)
     batcher = fd.Batcher(network, PLANS, (4, 6), cond={"y": torch.zeros(4)}, graph="stage")
@@ -88,7 +79,7 @@ def test_one_captured_stage_serves_every_mixture(recorder):
     assert batcher.stats().captures == 2
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 @pytest.mark.parametrize("graph", [None, "stage"])
 def test_an_error_moves_no_sample(graph, recorder):
     fail = []
@@ -109,7 +100,7 @@ def test_an_error_moves_no_sample(graph, recorder):
     torch.testing.assert_close(results[-1][place], alone((x, 0, None, None)))
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 def test_a_bound_that_is_too_small_moves_no_sample(recorder):
     batcher = fd.Batcher(network, PLANS, (2, 6), graph=fd.Graph("stage", bytes=10))
     batcher.add(torch.randn(6))
