@@ -5,6 +5,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Two processes take the tests; 0 runs them in this one, as a debugger needs.
+TEST_WORKERS ?= 2
 GPU_CHECK ?= full
 
 VENV := .venv
@@ -41,7 +43,7 @@ demo: $(BUILT)
 	@echo 'pictures: out/digits.png out/error-against-nfe.png'
 
 test: $(BUILT)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(TOOLED)
 	$(BIN)/ruff check .

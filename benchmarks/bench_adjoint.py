@@ -48,7 +48,7 @@ import fastdiff as fd
 
 BUDGETS = (10, 16, 20, 30, 40, 60, 80, 100, 200)  # evaluations; the target ends at 100
 TABLE_STEPS = (5, 10, 20, 50)
-# Steps of the fine run: its states are exact to all digits shown, and so is its gradient.
+# Steps of the fine run, whose states and gradient are exact to all digits shown.
 FINE = 600
 
 OURS: dict[str, tuple[str, Any]] = {
@@ -119,7 +119,7 @@ def _adjoint(order: int, form: str, published: bool = False) -> Callable[[int, s
     return gradient
 
 
-# Ends of lambda at alpha(1) are finite here: every form has its limit.
+# Lambda is finite at both ends here, so every form has its limit.
 AT_EXACT_STATES: dict[str, Callable[[int, str], Any]] = {
     "AdjointDEIS-1 of the paper, epsilon": _adjoint(1, "epsilon", True),
     "AdjointDEIS-2M of the paper, epsilon": _adjoint(2, "epsilon", True),
@@ -145,7 +145,7 @@ ALONG_NOISE: dict[str, Any] = {
 def measure_table(
     name: str, flow: Flow, fine: int, counts: Sequence[int], grids: Sequence[str]
 ) -> Table:
-    """Relative errors of every leaf, by method and steps: the adjoint's at exact states."""
+    """Relative errors of every leaf, by method and steps. The adjoint stands at exact states."""
     exact, plan = truth(flow, fine), fine_plan(flow, fine)
     table: Table = {}
 
@@ -168,7 +168,7 @@ def measure_table(
 def path_of(
     flow: Flow, plan: fd.Plan, substeps: int, seed: int
 ) -> tuple[fd.Plan, list[torch.Tensor]]:
-    """A finer plan of the reverse SDE and noise for it that comes to what a coarse one draws.
+    """A finer plan of the reverse SDE, and noise for it that adds up to what a coarse one draws.
 
     Each of the coarse plan's steps is divided into `substeps` equal ones in lambda. Their noises
     are drawn given their sum: with w_i the weight of the i-th in the plan's c xi,
@@ -215,7 +215,7 @@ def measure_noise(flow: Flow, counts: Sequence[int], stages: int) -> Table:
 
 
 def lines(part: str, errors: Table, setting: Setting) -> list[Record]:
-    """Errors as records: one for each problem and rival, by evaluations or by steps."""
+    """A record for each problem and rival, with its errors by evaluations or by steps."""
     about = {"part": part, "torchdiffeq": torchdiffeq.version(), "dtype": "float64"}
     about |= dict(setting.about)
     return [
@@ -241,7 +241,7 @@ def jobs(
     table_steps: Sequence[int],
     theirs: bool,
 ) -> list[Job]:
-    """A job a problem and part, and one along drawn noise."""
+    """A job for every problem and part, and one along drawn noise."""
     theirs = theirs and installed("torchdiffeq")
     problems = problems or tuple(PROBLEMS)
 

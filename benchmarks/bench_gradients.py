@@ -53,7 +53,7 @@ import fastdiff as fd
 PARTS = ("time", "memory")
 MEMORY_STEPS = (10, 50, 100)
 EXACT = (DISCRETE, SEGMENTS, CAPTURED, CHECKPOINTED)  # they differentiate what backprop does
-# Seconds that timing a case takes on an H200, its memory half as much again: guesses, not measured.
+# Guesses of the seconds that timing a case takes on an H200. Its memory takes half as much again.
 SECONDS = {"mlp": 4, "dit": 10, "digits": 8}
 
 # -- the gate --------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def is_exact(name: str) -> bool:
 
 
 def gate_case(flow: Flow, runs: Mapping[str, Run]) -> None:
-    """All exact gradients are backpropagation's, in float32; all others are finite.
+    """Checks that exact gradients are backpropagation's, in float32, and all others finite.
 
     Raises:
         GateError: One is not.
@@ -84,7 +84,7 @@ def gate_case(flow: Flow, runs: Mapping[str, Run]) -> None:
 
 
 def cases(place: str, short: bool) -> list[Case]:
-    """What is timed, the most important first."""
+    """The cases that are timed, the most important first."""
     if place == "cuda":
         found = [Case("mlp", 1), Case("dit", 4, theta=True)]
         return found if short else [*found, Case("dit", 4), Case("mlp", 256), Case("digits", 16)]
@@ -93,14 +93,14 @@ def cases(place: str, short: bool) -> list[Case]:
 
 
 def memory_cases(place: str) -> list[Case]:
-    """Whose memory is measured: on the CPU a small batch, for the figure is a growth in states."""
+    """The cases whose memory is measured: small batches, for the figure is a growth in states."""
     if place == "cuda":
         return [Case("mlp", 256), Case("dit", 4, theta=True)]
     return [Case("digits", 4), Case("digits", 4, theta=True)]
 
 
 def flow_of(case: Case, device: torch.device) -> Flow:
-    """A case in float32."""
+    """The flow of a case, in float32."""
     torch.manual_seed(0)
     network: Any
     cond, prediction, shape = {}, "epsilon", (1, 8, 8)
@@ -123,7 +123,7 @@ def flow_of(case: Case, device: torch.device) -> Flow:
 def by_library(
     flow: Flow, plan: fd.Plan, gradient: Any, network: Any = None, graph: str | None = None
 ) -> Run:
-    """A sampler and the gradients of the leaves by it; `network`: what it calls instead."""
+    """The gradients of the leaves by a sampler, which calls `network` where one is given."""
     options: dict[str, Any] = {"gradient": gradient, "graph": graph}
     if network is not None:
         options |= {"dtype": flow.start.dtype, "params": flow.parameters}
@@ -138,7 +138,7 @@ def by_library(
 
 
 def makers(case: Case, flow: Flow, with_theirs: bool) -> dict[str, Callable[[], Run]]:
-    """What makes each rival of a case."""
+    """Functions that make the rivals of a case, by name."""
     plan = vp_plan(flow, "dpmpp-2m", case.steps)
     segment = max(1, round(math.sqrt(case.steps)))
     ours = functools.partial(by_library, flow, plan)
@@ -157,7 +157,7 @@ def makers(case: Case, flow: Flow, with_theirs: bool) -> dict[str, Callable[[], 
         half = torchdiffeq.stepped(flow, "midpoint", max(1, case.steps // 2))
         loose = {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3}
         found[MIDPOINT] = lambda: lambda: torchdiffeq.gradients(flow, **half)[0]
-        if not case.theta:  # the parameters enter its error norm: ten times the calls
+        if not case.theta:  # parameters enter its error norm, which takes ten times the calls
             found[DOPRI] = lambda: lambda: torchdiffeq.gradients(flow, **loose)[0]
     return found
 
@@ -211,7 +211,7 @@ def _where(case: Case, flow: Flow) -> dict[str, Any]:
 def measure_memory(
     case: Case, setting: Setting, lost: list[str], *, counts: Sequence[int]
 ) -> list[Record]:
-    """Peak bytes of every rival of a case, by steps; on CUDA with those of the capture."""
+    """Peak bytes of every rival of a case, by steps. On CUDA they include the capture."""
     flow, records = flow_of(case, setting.device), []
     if setting.device.type == "cuda":  # libraries allocate at first calls
         running(replace(case, steps=min(counts)), flow, installed("torchdiffeq"), lost=[])
@@ -237,7 +237,7 @@ def measure_memory(
 def jobs(
     setting: Setting, *, parts: Sequence[str], steps: int, memory_steps: Sequence[int]
 ) -> list[Job]:
-    """A job a case of each part."""
+    """A job for every case of each part."""
     place, checked = setting.device.type, Gate("gradients", gate)
     found = []
     for case in (replace(case, steps=steps) for case in cases(place, setting.short)):

@@ -51,15 +51,14 @@ from rivals.compiled import compiled_loops, compiled_network, drop
 import fastdiff as fd
 from fastdiff import backends
 
-# Guesses, not measured: seconds that a cell takes on an H200, and the compiler more.
-
+# Guesses of the seconds that a cell takes on an H200, and of what the compiler adds.
 SECONDS = {"null": 5, "mlp": 6, "conv": 8, "dit": 15, "unet": 40}
 COMPILER_SECONDS = {"null": 0, "mlp": 25, "conv": 45, "dit": 45, "unet": 150}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A case and which of its rivals take turns: those that compile are a group of their own."""
+    """A case and a group of its rivals: those that compile, or those that do not."""
 
     case: Case
     compiled: bool = False
@@ -69,14 +68,14 @@ class Cell:
 
     @property
     def seconds(self) -> float:
-        """About, to keep to a budget."""
+        """About how long it takes, to keep to a budget."""
         kind = self.case.kind
         whole = SECONDS[kind] + self.compiled * COMPILER_SECONDS[kind]
         return whole / 2 if self.case.small else whole
 
 
 def cells(place: str, short: bool, compiled: bool, kinds: Sequence[str] = ()) -> list[Cell]:
-    """What to measure, the most important first.
+    """The cells to measure, the most important first.
 
     Args:
         place: "cpu" or "cuda".
@@ -113,7 +112,7 @@ def ours(parts: Parts, graph: str | None, network: Any = None) -> Loop:
 
 
 def alone(parts: Parts, network: Any = None) -> Loop:
-    """As many calls of the network as a loop makes."""
+    """A loop of as many calls of the network, and nothing else."""
     called, cond = parts.network if network is None else network, parts.cond
     x, t = parts.start, parts.time()
     steps = range(parts.case.steps)
@@ -126,7 +125,7 @@ def alone(parts: Parts, network: Any = None) -> Loop:
 
 
 def makers(cell: Cell, parts: Parts, with_diffusers: bool) -> dict[str, Callable[[], Loop]]:
-    """What makes each rival of a cell, compiles or captures it included."""
+    """Functions that make the rivals of a cell, by name; they compile and capture where needed."""
     case, cuda = cell.case, parts.start.device.type == "cuda"
     found: dict[str, Callable[[], Loop]] = {}
     if cell.compiled:
@@ -173,13 +172,13 @@ def tolerance(case: Case, device: torch.device) -> float:
 
 
 def reference(parts: Parts) -> torch.Tensor:
-    """Where a loop ends, by the `torch` backend."""
+    """The state in which a loop on the `torch` backend ends."""
     given = (parts.network, parts.start, parts.plan)
     return fd.sample(*given, cond=parts.cond or None, backend="torch", graph=None)
 
 
 def gate(parts: Parts, loops: Mapping[str, Loop], wanted: torch.Tensor) -> None:
-    """Every rival that samples ends where it should.
+    """Checks that every rival that samples ends where it should.
 
     Raises:
         GateError: One does not.
@@ -235,7 +234,7 @@ def measure(cell: Cell, setting: Setting, lost: list[str]) -> list[Record]:
 
 
 def timed(loops: Mapping[str, Loop], steps: int, setting: Setting) -> dict[str, dict[str, Timing]]:
-    """Times a step: waited for after every loop, and on CUDA after a queue of loops too."""
+    """The times of a step: waiting after every loop, and on CUDA after a queue of loops too."""
     device = setting.device
     options: dict[str, Any] = {"seconds": setting.seconds, "rounds": setting.rounds}
     options |= {"warmup": 1, "turn": 5e-3}
@@ -256,7 +255,7 @@ def timed(loops: Mapping[str, Loop], steps: int, setting: Setting) -> dict[str, 
 
 
 def jobs(setting: Setting, *, kinds: Sequence[str], compiled: bool) -> list[Job]:
-    """A job a cell."""
+    """A job for every cell."""
     todo = cells(setting.device.type, setting.short, compiled, kinds)
     if not installed("diffusers"):
         todo = [cell for cell in todo if cell.case.kind not in BORROWED]

@@ -45,13 +45,13 @@ from fastdiff import backends
 
 
 def available(device: torch.device) -> list[str]:
-    """Backends that run on the device; Triton's interpreter is none."""
+    """The backends that run on the device, without Triton's interpreter."""
     found = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}[device.type]
     return [name for name in found if backends.get(name).missing() is None]
 
 
 def empty_kernel(device: torch.device) -> Calls:
-    """A Triton kernel that does nothing, called as Triton's users do: the launcher's own time."""
+    """A Triton kernel that does nothing, called as users call one: it times the launcher."""
     import triton
 
     @triton.jit
@@ -67,7 +67,7 @@ def empty_kernel(device: torch.device) -> Calls:
 
 @torch.no_grad()
 def gate(case: Case, device: torch.device, shape: Shape = (3, 1040)) -> None:
-    """Every backend walks all rows of a case to the same registers as the compiled core does.
+    """Checks that every backend walks all rows of a case to the compiled core's registers.
 
     Raises:
         GateError: A compiled backend differs by a bit, or torch by more than its rounding.
@@ -119,7 +119,7 @@ def copy_bandwidth(setting: Setting, numel: int) -> Bandwidth:
 
 
 class Cell:
-    """A case at a shape: as many sets of registers as pass the last cache, 32 at most.
+    """A case at a shape, with as many sets of registers as pass the last cache, 32 at most.
 
     Raises:
         MemoryError: They would not fit in half of the memory that is free.
@@ -154,7 +154,7 @@ class Cell:
         return [loop.run_compiled for loop in loops]
 
     def makers(self, compiled: bool) -> dict[str, Callable[[], Calls]]:
-        """What makes each rival's launches, one a set."""
+        """Functions that make the launches of each rival, one for every set."""
         case, on_cuda = self.case, self.device.type == "cuda"
         found: dict[str, Callable[[], Calls]] = {
             COPY: lambda: [functools.partial(e.h.copy_, e.x) for e in self.eager],
@@ -240,7 +240,7 @@ def measure(
 
 
 def jobs(setting: Setting, *, largest: float | None, compiled: bool) -> list[Job]:
-    """A job a cell; those of one row share a gate.
+    """A job for every cell; those of one row share a gate.
 
     The compiler takes seconds a cell, so the cells that it takes part in come again at the end.
     """

@@ -60,7 +60,7 @@ def plans(steps: int) -> dict[str, fd.Plan]:
 
 @torch.no_grad()
 def gate(steps: int, compiled: bool) -> None:
-    """Ours, diffusers' and the eager loops end in the same place, on outputs that differ.
+    """Checks that ours, diffusers' and the eager loops end in one place, on outputs that differ.
 
     Raises:
         GateError: Two of them do not.
@@ -70,7 +70,7 @@ def gate(steps: int, compiled: bool) -> None:
     start = torch.randn(shape, generator=generator)
     outputs = [torch.randn(shape, generator=generator) for _ in range(steps)]
     theirs = diffusers.schedulers(steps)
-    # Coefficients in float32 and alphas_cumprod in float32: a relative 1e-5 over 20 steps.
+    # diffusers' coefficients and alphas are float32, which is a relative 1e-5 over 20 steps.
     for name, solver in ((diffusers.TWO_M, "dpmpp-2m"), (diffusers.DEIS, "deis-logrho-3")):
         ours = fd.sample(
             Feed(outputs), start, plan_on_training_times(solver, steps, lower_order_final=False)
@@ -144,7 +144,7 @@ def small(
 
 @torch.no_grad()
 def large(mebibytes: float, setting: Setting, lost: list[str]) -> list[Record]:
-    """Bytes moved per second by stages of full order, beside a copy's.
+    """Measures the bytes that stages of full order move per second, beside a copy's.
 
     Registers are `mebibytes` each, and the network's outputs and the copied tensors rotate, so that
     nothing is found in a cache. Rounds of a loop and of copies alternate.
@@ -200,7 +200,7 @@ def large(mebibytes: float, setting: Setting, lost: list[str]) -> list[Record]:
 
 
 class Clock(Feed):
-    """Notes when it is entered and left: between two calls lies one stage."""
+    """A network that notes when it is entered and left: between two calls lies one stage."""
 
     def __init__(self, outputs: Sequence[torch.Tensor]) -> None:
         super().__init__(outputs)
@@ -231,7 +231,7 @@ def jobs(
     mebibytes: float,
     large_threads: Sequence[int],
 ) -> list[Job]:
-    """A job a shape, then one a number of threads for the large state."""
+    """A job for every shape, then one for every number of threads on the large state."""
     checked = Gate("rivals", functools.partial(gate, steps, compiled))
     options: dict[str, Any] = {"steps": steps, "compiled": compiled}
     found = [

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "gpu-check"
 BENCHES = ("stage", "loop", "gradients")  # the rows and the page of each are named for it
 
-# Asked in a process of its own: this one never holds the device.
+# It runs in a process of its own, so that this one never holds the device.
 PROBE = """
 import json, platform, torch
 found = {"python": platform.python_version(), "torch": torch.__version__, "gpu": None}
@@ -46,7 +46,7 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Phase:
-    """A command with a limit of `seconds`."""
+    """A command with a limit of so many seconds."""
 
     name: str
     command: Sequence[str]
@@ -103,14 +103,14 @@ def run_phase(phase: Phase, log: Path, environment: Mapping[str, str]) -> Result
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that has not been waited for, with all that it started in its group."""
+    """Ends a process that nobody waited for, with all that it started in its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def run_phases(phases: Sequence[Phase], log: Path, environment: Mapping[str, str]) -> list[Result]:
-    """Runs every phase, whatever the ones before came to, and says so line by line."""
+    """Runs every phase, whatever the ones before came to, and prints how each ended."""
     results = []
     for phase in phases:
         print(f"{NAME}: {phase.name} (at most {phase.seconds:g} s)", flush=True)
@@ -120,7 +120,7 @@ def run_phases(phases: Sequence[Phase], log: Path, environment: Mapping[str, str
 
 
 def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list[Phase]:
-    """Build, tests, benchmarks; together under 8 minutes (`full`) or 4 (`short`)."""
+    """The build, the tests and the benchmarks, under 8 minutes together (`full`) or 4 (`short`)."""
     python, full = sys.executable, setting == "full"
     build = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     build += ["--no-build-isolation", "--no-deps", "-e", "."]
@@ -130,7 +130,7 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
     if importlib.util.find_spec("xdist") is not None:
         tests += ["-n", "8"]  # most of their time goes to compiling kernels
     tests += ["--durations=5"] if full else ["-m", "gpu and not slow"]
-    # of a benchmark: its limit, and what of it is for the cell that runs as its budget ends
+    # Each benchmark has a limit, and a part of it for the cell that runs as its budget ends.
     limits = {"stage": (38, 18), "loop": (36, 15), "gradients": (36, 15)}
     if full:
         limits = {"stage": (85, 25), "loop": (100, 20), "gradients": (52, 20)}
@@ -145,7 +145,7 @@ def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list
         benches["stage"] += ["--compile"]
     if not full or cpu:
         benches["loop"] += ["--no-compile"]
-    if cpu:  # plumbing alone: what is built is imported, tests are collected and skipped
+    if cpu:  # the plumbing alone: the core is imported, tests are collected and skipped
         build = [python, "-c", "import fastdiff, fastdiff._native"]
         benches["stage"] += ["--largest", "1", "--seconds", "0", "--rounds", "1"]
         benches["loop"] += ["--case", "null", "--case", "mlp", "--seconds", "0", "--rounds", "1"]
@@ -196,7 +196,7 @@ def probe() -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__)
     parser.add_argument("--setting", choices=("short", "full"), default="full")
-    parser.add_argument("--commit", help="of the code, where there is no git to ask")
+    parser.add_argument("--commit", help="the commit of the code, where there is no git to ask")
     parser.add_argument("--cpu", action="store_true", help="a dry run of the plumbing, on the CPU")
     chosen = parser.parse_args(arguments)
     found = probe()
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONUNBUFFERED"] = "1"
-    if "arch" in found:  # this device alone: a third of the time to build
+    if "arch" in found:  # a build for this device alone takes a third of the time
         environment.setdefault("FASTDIFF_CUDA_ARCHS", found["arch"])
         if shutil.which("nvcc"):
             environment.setdefault("FASTDIFF_CUDA", "1")

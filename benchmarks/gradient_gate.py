@@ -16,7 +16,7 @@ import fastdiff as fd
 
 
 def gate() -> None:
-    """Every way to a gradient that is timed leads there, on a problem whose gradient is known.
+    """Checks every way to a gradient that is timed, on a problem whose gradient is known.
 
     Raises:
         GateError: One does not.
@@ -30,7 +30,7 @@ def gate() -> None:
             agree(f"{name}, of {leaf}", found[leaf], wanted, 1e-10)
     exact = truth(flow, 100)
     fine = fine_plan(flow, 100)
-    # of second and of fifth order, and far from where rounding would show
+    # They are of second and of fifth order, and far from where rounding would show.
     theirs: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
         ADJOINT: lambda: gradients(flow, fine, fd.AdjointDEIS(2)),
         RESOLVED: lambda: gradients(flow, fine, fd.AdjointDEIS(2, states="resolve")),

@@ -12,28 +12,24 @@ The loss is a function of finished samples, so its gradient in the weights goes 
 evaluation of the run. `gradient="discrete"` does that in the memory of one evaluation, whatever the
 number of steps; autograd through the loop ("backprop") keeps the activations of all.
 
-Printed: the peak memory of a training step by both and by the number of steps, measured, with how
-far their gradients are apart; then the reward on noises that no training step saw, before and
-after, the ink, and how many images are still recognised: by the classifier, which was part of the
-loss, and by the nearest training image, which was not. `finetune-reward.png` shows all that and the
-images; `finetune-reward.safetensors` holds the weights, for `fd.models.digits(file)`.
+The example prints the peak memory of a training step by both and by the number of steps, measured,
+with how far their gradients are apart; then the reward on noises that no training step saw, before
+and after, the ink, and how many images are still recognised: by the classifier, which was part of
+the loss, and by the nearest training image, which was not. `finetune-reward.png` shows all that and
+the images; `finetune-reward.safetensors` holds the weights, for `fd.models.digits(file)`.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from common import Example, Peak, Sheet
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fastdiff as fd
 
@@ -53,41 +49,6 @@ def ink(images: Tensor) -> Tensor:
 def reward(images: Tensor, wanted: float) -> Tensor:
     """Minus the squared distance from the wanted ink, in units of 0.07, [B]."""
     return -((ink(images) - wanted) / 0.07).square()
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
-class Peak(TorchDispatchMode):
-    """Sees every tensor operation: the bytes of the living tensors made inside, and their most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self.living: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, arguments: Any = (), keywords: Any = None
-    ) -> Any:
-        result = function(*arguments, **(keywords or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self.note(leaf.untyped_storage())
-        return result
-
-    def note(self, memory: torch.UntypedStorage) -> None:
-        key, size = memory._cdata, memory.nbytes()
-        if key in self.living:  # a view
-            return
-        self.living.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-        def freed() -> None:
-            self.living.discard(key)
-            self.now -= size
-
-        weakref.finalize(memory, freed)
 
 
 def measure(
@@ -115,13 +76,14 @@ def finetune(
     network: fd.models.DigitsDiT,
     classifier: fd.models.DigitsClassifier,
     plan: fd.Plan,
+    *,
     wanted: float,
     iterations: int,
     batch: int,
     rate: float,
     seed: int,
 ) -> list[float]:
-    """Adam on the weights; the mean reward of every iteration's samples."""
+    """Runs Adam on the weights; gives the mean reward of every iteration's samples."""
     sampler = fd.Sampler(network, plan, gradient="discrete")
     optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     random = torch.Generator().manual_seed(seed)
@@ -142,60 +104,49 @@ def finetune(
 # -- the picture -----------------------------------------------------------------------------------
 
 
-def show(panel: Any, rows: list[tuple[str, Tensor]], columns: list[str]) -> None:
-    """Rows of images [C, 1, 8, 8], each with its name, dark ink on white."""
-    tiles = [F.pad(images[:, 0], (1, 1, 1, 1), value=-1.0) for _, images in rows]
-    page = torch.cat([tile.transpose(0, 1).flatten(1) for tile in tiles])
-    panel.imshow(page.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-    panel.set_yticks([10 * i + 4.5 for i in range(len(rows))], [name for name, _ in rows])
-    panel.set_xticks([10 * i + 4.5 for i in range(len(columns))], columns)
-    panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    panel.spines[:].set_visible(False)
-
-
 def draw(
     memory: dict[str, list[tuple[float, Tensor]]],
     rewards: list[float],
     rows: list[tuple[str, Tensor]],
     path: Path,
 ) -> None:
-    """Memory by steps, reward by iteration, images before and after."""
-    figure: Any = Figure(figsize=(9, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    left, right = top.subplots(1, 2)
+    """Draws memory by steps, reward by iteration, and images before and after."""
+    sheet = Sheet()
     for name, each in memory.items():
         peaks = [peak for peak, _ in each]
-        left.plot(MEASURED_AT, peaks, "o-", color=MEASURED[name], label=name)
-        for steps, peak in zip(MEASURED_AT, peaks, strict=True):
-            left.annotate(
-                f"{peak:.0f}", (steps, peak), (0, 6), textcoords="offset points", ha="center"
-            )
-    left.set(title="Peak memory of a training step", xlabel="steps of the sampler", ylabel="MiB")
-    left.set_xticks(MEASURED_AT)
-    left.margins(y=0.12)
-    left.set_ylim(bottom=0)
-    left.legend(loc="upper left")
-    right.plot(range(1, len(rewards) + 1), rewards, color=MEASURED["discrete"])
-    right.set(title="Reward of the samples", xlabel="iteration", ylabel="mean reward (0 is best)")
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    panel = bottom.subplots()
-    show(panel, rows, [str(k) for k in range(10)])
-    panel.set_title("Samples from the same noises, by class")
-    figure.savefig(path, dpi=120)
+        sheet.left.plot(MEASURED_AT, peaks, "o-", color=MEASURED[name], label=name)
+        for point in zip(MEASURED_AT, peaks, strict=True):
+            offset = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
+            sheet.left.annotate(f"{point[1]:.0f}", point, **offset)
+    title = "Peak memory of a training step"
+    sheet.left.set(title=title, xlabel="steps of the sampler", ylabel="MiB")
+    sheet.left.set_xticks(MEASURED_AT)
+    sheet.left.margins(y=0.12)
+    sheet.left.set_ylim(bottom=0)
+    sheet.left.legend(loc="upper left")
+    sheet.right.plot(range(1, len(rewards) + 1), rewards, color=MEASURED["discrete"])
+    title = "Reward of the samples"
+    sheet.right.set(title=title, xlabel="iteration", ylabel="mean reward (0 is best)")
+    sheet.images("Samples from the same noises, by class", rows, [str(k) for k in range(10)])
+    sheet.save(path)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Example, context_settings={"show_default": True})
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"))
 @click.option("--wanted", type=click.FloatRange(0, 1), default=0.35, help="Ink of an image.")
-@click.option("--solver", default="dpmpp-2m", help="See `fastdiff solvers`.")
+@click.option("--solver", default="dpmpp-2m", help="`fastdiff solvers` lists them.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Steps of the sampler.")
 @click.option("--iterations", type=click.IntRange(1), default=40, help="Steps of Adam.")
-@click.option("--batch", type=click.IntRange(1), default=64, help="Samples of an iteration.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=64, help="Number of samples of an iteration."
+)
 @click.option("--rate", type=click.FloatRange(0), default=2e-4, help="Adam's learning rate.")
-@click.option("--count", type=click.IntRange(20), default=200, help="Samples that are judged.")
-@click.option("--seed", default=0, help="Of classes and noises.")
+@click.option(
+    "--count", type=click.IntRange(20), default=200, help="Number of samples that are judged."
+)
+@click.option("--seed", default=0, help="Seed of classes and noises.")
 def main(
+    *,
     out: Path,
     wanted: float,
     solver: str,
@@ -207,6 +158,7 @@ def main(
     seed: int,
 ) -> None:
     """Fine-tune the digits network so that its samples have the wanted ink."""
+    known, names = fd.models.digits_data("train")
     torch.set_num_threads(1)  # an evaluation takes milliseconds: threads would only wait
     classifier = fd.models.digits_classifier()
     network = fd.models.digits().requires_grad_(True)  # it comes frozen
@@ -221,7 +173,6 @@ def main(
     plan = fd.plan(network.schedule, solver, steps, prediction=network.prediction)
     y = torch.arange(count) % network.null_class
     unseen = fd.noise.prior(plan, (count, *network.shape), seeds=seed + iterations * batch)
-    known, names = fd.models.digits_data("train")
 
     def judge(name: str) -> Tensor:
         with torch.no_grad():
@@ -239,18 +190,18 @@ def main(
     )
     before = judge("before")
     began = time.perf_counter()
-    rewards = finetune(network, classifier, plan, wanted, iterations, batch, rate, seed)
+    how = {"iterations": iterations, "batch": batch, "rate": rate, "seed": seed}
+    rewards = finetune(network, classifier, plan, wanted=wanted, **how)
     seconds = time.perf_counter() - began
     after = judge("after")
     click.echo(f"\ntrained in {seconds:.1f} s")
 
-    out.mkdir(parents=True, exist_ok=True)
-    picture, weights = out / "finetune-reward.png", out / "finetune-reward.safetensors"
+    weights = out / "finetune-reward.safetensors"
     tens = (slice(0, 10), slice(10, 20))
     rows = [(name, i[ten]) for ten in tens for name, i in (("before", before), ("after", after))]
-    draw(memory, rewards, rows, picture)
+    draw(memory, rewards, rows, out / "finetune-reward.png")
     save_file(network.state_dict(), weights)
-    click.echo(f"picture: {picture}\nweights: {weights}")
+    click.echo(f"weights: {weights}")
 
 
 if __name__ == "__main__":

@@ -12,25 +12,26 @@ turns into it. A plan says what to solve for. Its row n, read off `plan.stages`,
 with out_n = network(x_n, t_n): linear but for the network. In reverse x_{n+1} is known, and the
 network would have to be asked at x_n, which is not. Two ways out:
 
-- *explicit*: ask it at x_{n+1}, the cleaner end of the step, instead, and solve the row for x_n. By
-  DDIM's rows, which read no history, whatever solver decodes. One evaluation a step; the error of
-  the round trip is of first order in the step.
+- *explicit*: ask it at x_{n+1}, the cleaner end of the step, instead, and solve the row for x_n.
+  The rows are DDIM's, which read no history, whatever solver decodes. A step takes one evaluation,
+  and the error of the round trip is of first order in the step.
 - *fixed point*: guess all states (explicitly), ask the network at all of them in one call, and
   solve the rows, which with those outputs are a linear system in x_0 ... x_{N-1}; repeat until
-  nothing moves. A multistep solver's history is no difficulty: the h_{n-j} belong to the same
-  system. Where it converges, the round trip is exact at any number of steps. It does if the steps
-  are short enough: at 5 steps of dpmpp-2m it does not.
+  nothing moves. A multistep solver's history is no difficulty, because the h_{n-j} belong to the
+  same system. Where it converges, the round trip is exact at any number of steps. It does if the
+  steps are short enough: at 5 steps of dpmpp-2m it does not.
 
-Printed, by solver and steps: the error of the round trip, ||decoded - digit|| / ||digit||; what
-encoding cost, in evaluations; the standard deviation of the noise found, which should be near 1,
-since that is what the sampler starts from (coarse ddim needs more to arrive at a real digit); and
-how far the last sweep of the fixed point moved the states, which says whether it was found.
-`invert.png` shows the errors, how far each sweep of the fixed point moves the states, the noises
-and the round trips.
+The example prints, by solver and steps: the error of the round trip, ||decoded - digit|| /
+||digit||; what encoding cost, in evaluations; the standard deviation of the noise found, which
+should be near 1, since that is what the sampler starts from (coarse ddim needs more to arrive at a
+real digit); and how far the last sweep of the fixed point moved the states, which says whether it
+was found. `invert.png` shows the errors, how far each sweep of the fixed point moves the states,
+the noises and the round trips.
 
-All in float64. A digit is encoded as a state of the plan's last time, alpha x0 + sigma epsilon with
-sigma = 0.01, less than an eye sees. Without that epsilon, pixels that are paper in every training
-image would have no noise to go back to, and the codes would be too small: 0.73 in place of 1.
+All arithmetic is float64. A digit is encoded as a state of the plan's last time, alpha x0 + sigma
+epsilon with sigma = 0.01, less than an eye sees. Without that epsilon, pixels that are paper in
+every training image would have no noise to go back to, and the codes would be too small: 0.73 in
+place of 1.
 
 Sources: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, section 4.3 (the
 explicit way); Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion
@@ -42,18 +43,15 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-import torch.nn.functional as F
-from matplotlib.figure import Figure
+from common import COLOURS, Example, Sheet
 from torch import Tensor
 
 import fastdiff as fd
 
 TOLERANCE = 1e-10  # of a sweep: ||states - states before|| / ||states||
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
 
 @dataclass
@@ -69,7 +67,7 @@ class Result:
 
 
 def explicit(network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan) -> Tensor:
-    """States at the plan's times, [N + 1, B, ...]: DDIM backwards, out_n taken at x_{n+1}."""
+    """States at the plan's times, [N + 1, B, ...]: DDIM backwards with out_n taken at x_{n+1}."""
     ddim = fd.plan(
         network.schedule, "ddim", plan.steps, grid=plan.times, prediction=network.prediction
     )
@@ -85,7 +83,7 @@ def explicit(network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan) 
 def fixed_point(
     network: fd.models.DigitsDiT, states: Tensor, y: Tensor, plan: fd.Plan, sweeps: int
 ) -> tuple[Tensor, list[float]]:
-    """The noise whose run ends in states[-1], from a guess of all states, and each sweep's move."""
+    """The noise whose run ends in states[-1], from a guess of all states; and each sweep's move."""
     count, batch = len(plan.stages), len(y)
     # row n as equation n:  sum_m left[n, m] x_m = sum_m right[n, m] out_m
     left = torch.zeros(count, count + 1, dtype=states.dtype)
@@ -114,7 +112,7 @@ def fixed_point(
 def round_trip(
     network: fd.models.DigitsDiT, x: Tensor, y: Tensor, plan: fd.Plan, sweeps: int
 ) -> Result:
-    """Both ways back by one plan, and forward again by the sampler."""
+    """Encodes in both ways by one plan, and decodes by the sampler."""
     states = explicit(network, x, y, plan)
     exact, moves = fixed_point(network, states, y, plan, sweeps)
     noises = {"explicit": states[0], "fixed point": exact}
@@ -127,22 +125,9 @@ def round_trip(
 # -- the picture -----------------------------------------------------------------------------------
 
 
-def show(panel: Any, rows: list[tuple[str, Tensor]], columns: list[str]) -> None:
-    """Rows of images [C, 1, 8, 8], each with its name, dark ink on white."""
-    tiles = [F.pad(images[:, 0], (1, 1, 1, 1), value=-1.0) for _, images in rows]
-    page = torch.cat([tile.transpose(0, 1).flatten(1) for tile in tiles])
-    panel.imshow(page.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-    panel.set_yticks([10 * i + 4.5 for i in range(len(rows))], [name for name, _ in rows])
-    panel.set_xticks([10 * i + 4.5 for i in range(len(columns))], columns)
-    panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    panel.spines[:].set_visible(False)
-
-
 def draw(results: list[Result], x: Tensor, y: Tensor, path: Path) -> None:
-    """Errors by steps, moves by sweep, and the images of one plan."""
-    figure: Any = Figure(figsize=(9, 9.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.45))
-    left, right = top.subplots(1, 2)
+    """Draws errors by steps, moves by sweep, and the images of one plan."""
+    sheet = Sheet(height=9.4, below=1.45)
     solvers = list(dict.fromkeys(result.plan.solver for result in results))
     for solver, colour in zip(solvers, itertools.cycle(COLOURS), strict=False):
         each = [result for result in results if result.plan.solver == solver]
@@ -150,20 +135,16 @@ def draw(results: list[Result], x: Tensor, y: Tensor, path: Path) -> None:
         for way, line in (("explicit", "o:"), ("fixed point", "o-")):
             errors = [result.errors[way] for result in each]
             label = f"{solver}, {way}"
-            left.loglog(steps, errors, line, color=colour, label=label, markersize=4)
-    left.set_xticks([], minor=True)
-    left.set_xticks(steps, [str(n) for n in steps])
-    left.set(title="Round trip", xlabel="steps of the plan", ylabel="relative error")
+            sheet.left.loglog(steps, errors, line, color=colour, label=label, markersize=4)
+    sheet.left.set_xticks([], minor=True)
+    sheet.left.set_xticks(steps, [str(n) for n in steps])
+    sheet.left.set(title="Round trip", xlabel="steps of the plan", ylabel="relative error")
     for result, colour in zip(each, itertools.cycle(COLOURS), strict=False):
-        label = f"{result.plan.steps} steps"
-        right.semilogy(range(1, len(result.moves) + 1), result.moves, color=colour, label=label)
-    right.set(
-        title=f"Fixed point of {solvers[-1]}'s rows",
-        xlabel="sweep",
-        ylabel="states move by (relative)",
-    )
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
+        sweeps, label = range(1, len(result.moves) + 1), f"{result.plan.steps} steps"
+        sheet.right.semilogy(sweeps, result.moves, color=colour, label=label)
+    title = f"Fixed point of {solvers[-1]}'s rows"
+    sheet.right.set(title=title, xlabel="sweep", ylabel="states move by (relative)")
+    for panel in (sheet.left, sheet.right):
         panel.legend(fontsize="small")
     # of the plans that the fixed point inverts, the one that the explicit way inverts worst
     found = [result for result in results if result.errors["fixed point"] < 1e-3] or results
@@ -173,19 +154,20 @@ def draw(results: list[Result], x: Tensor, y: Tensor, path: Path) -> None:
         error = 10 * (shown.decoded[way] - x).abs() - 1  # white where there is none
         rows += [(f"{way}: noise", shown.noises[way] / 2), ("decoded", shown.decoded[way])]
         rows += [("|error| × 10", error)]
-    panel = bottom.subplots()
-    show(panel, [(name, images[:10]) for name, images in rows], [str(int(k)) for k in y[:10]])
-    panel.set_title(f"Encoded and decoded by {shown.plan.solver} in {shown.plan.steps} steps")
-    figure.savefig(path, dpi=120)
+    title = f"Encoded and decoded by {shown.plan.solver} in {shown.plan.steps} steps"
+    sheet.images(title, rows, [str(int(k)) for k in y[:10]])
+    sheet.save(path)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Example, context_settings={"show_default": True})
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"))
-@click.option("--solvers", default="ddim,deis-2,dpmpp-2m", help="One evaluation a step.")
-@click.option("--steps", "budgets", default="5,10,20,40", help="Steps of the plans.")
-@click.option("--sweeps", type=click.IntRange(1), default=40, help="At most, of the fixed point.")
+@click.option("--solvers", default="ddim,deis-2,dpmpp-2m", help="Solvers of one evaluation a step.")
+@click.option("--steps", "budgets", default="5,10,20,40", help="Numbers of steps.")
+@click.option(
+    "--sweeps", type=click.IntRange(1), default=40, help="Sweeps of the fixed point, at most."
+)
 @click.option("--count", type=click.IntRange(1, 250), default=10, help="Held-out digits to encode.")
-@click.option("--seed", default=0, help="Of the noise that digits have at the plan's last time.")
+@click.option("--seed", default=0, help="Seed of the noise at the plan's last time.")
 @torch.no_grad()
 def main(out: Path, solvers: str, budgets: str, sweeps: int, count: int, seed: int) -> None:
     """Encode real digits to noise and decode them again, by several plans and in two ways."""
@@ -224,10 +206,7 @@ def main(out: Path, solvers: str, budgets: str, sweeps: int, count: int, seed: i
             line += f"  {error:>8.1e}  {evaluations:>11}  {float(noise.std()):>5.2f}"
         click.echo(f"{line}  {result.moves[-1]:>9.1e}")
 
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "invert.png"
-    draw(results, x, y, path)
-    click.echo(f"\npicture: {path}")
+    draw(results, x, y, out / "invert.png")
 
 
 if __name__ == "__main__":

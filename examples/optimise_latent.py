@@ -12,9 +12,10 @@ gradient of the cross-entropy back through the whole run to x_T, in three ways:
 - `"discrete"`: the same numbers by the transposed plan, one network evaluation in memory at a time;
 - `AdjointDEIS()`: the gradient of the continuous flow that the sampler approximates.
 
-Printed: seconds, the loss before and after, and how many images the classifier recognises, beside
-the verdict of the nearest training image, which nothing here optimises. `optimise-latent.png` shows
-the losses, how far each gradient is from autograd's by the number of steps, and the images.
+The example prints the seconds, the loss before and after, and how many images the classifier
+recognises, beside the verdict of the nearest training image, which nothing here optimises.
+`optimise-latent.png` shows the losses, how far each gradient is from autograd's by the number of
+steps, and the images.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from common import Example, Sheet
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
@@ -45,7 +46,7 @@ COMPARED_AT = (5, 7, 10, 14, 20, 28, 40)
 
 @dataclass
 class Result:
-    """An optimisation: the loss of every iteration, the last images, the time it took."""
+    """What an optimisation gave: the loss of every iteration, the last images, and its time."""
 
     losses: list[float]
     images: Tensor
@@ -63,11 +64,12 @@ def optimise(
     plan: fd.Plan,
     noise: Tensor,
     wanted: Tensor,
+    *,
     gradient: Any,
     iterations: int,
     rate: float,
 ) -> Result:
-    """Adam on x_T. `gradient` is the one argument by which the three runs differ."""
+    """Runs Adam on x_T. `gradient` is the one argument by which the three runs differ."""
     began = time.perf_counter()
     sampler = fd.Sampler(network, plan, gradient=gradient)
     x = noise.clone().requires_grad_()
@@ -109,57 +111,42 @@ def distances(
     return apart
 
 
-def show(panel: Any, rows: list[tuple[str, Tensor]], columns: list[str]) -> None:
-    """Rows of images [C, 1, 8, 8], each with its name, dark ink on white."""
-    tiles = [F.pad(images[:, 0], (1, 1, 1, 1), value=-1.0) for _, images in rows]
-    page = torch.cat([tile.transpose(0, 1).flatten(1) for tile in tiles])
-    panel.imshow(page.numpy(), cmap="gray_r", vmin=-1, vmax=1)
-    panel.set_yticks([10 * i + 4.5 for i in range(len(rows))], [name for name, _ in rows])
-    panel.set_xticks([10 * i + 4.5 for i in range(len(columns))], columns)
-    panel.tick_params(length=0, labeltop=True, labelbottom=False)
-    panel.spines[:].set_visible(False)
-
-
 def draw(
     results: dict[str, Result], apart: dict[str, list[float]], start: Tensor, path: Path
 ) -> None:
-    """The losses, the gradients' distances, and the first ten images of every run."""
-    figure: Any = Figure(figsize=(9, 7.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05))
-    losses, distance = top.subplots(1, 2)
+    """Draws the losses, the gradients' distances, and the first ten images of every run."""
+    sheet = Sheet()
     for name, result in results.items():
-        losses.semilogy(result.losses, STYLES[name], color=COLOURS[name], label=name, lw=1.8)
-    losses.set(title="Loss of the samples", xlabel="iteration", ylabel="cross-entropy")
-    losses.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    losses.yaxis.set_major_formatter("{x:g}")
-    losses.yaxis.set_minor_formatter(NullFormatter())
+        style = {"color": COLOURS[name], "label": name, "lw": 1.8}
+        sheet.left.semilogy(result.losses, STYLES[name], **style)
+    sheet.left.set(title="Loss of the samples", xlabel="iteration", ylabel="cross-entropy")
+    sheet.left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    sheet.left.yaxis.set_major_formatter("{x:g}")
+    sheet.left.yaxis.set_minor_formatter(NullFormatter())
     for name, each in apart.items():
-        line = "o" + STYLES[name]
-        distance.loglog(COMPARED_AT, each, line, color=COLOURS[name], label=name, markersize=4)
-    distance.set(
-        title="First gradient: distance from autograd's",
-        xlabel="steps of the sampler",
-        ylabel="relative difference",
-    )
-    distance.set_xticks([], minor=True)
-    distance.set_xticks(COMPARED_AT, [str(steps) for steps in COMPARED_AT])
-    for panel in (losses, distance):
-        panel.grid(alpha=0.3)
+        style = {"color": COLOURS[name], "label": name, "markersize": 4}
+        sheet.right.loglog(COMPARED_AT, each, "o" + STYLES[name], **style)
+    title = "First gradient: distance from autograd's"
+    sheet.right.set(title=title, xlabel="steps of the sampler", ylabel="relative difference")
+    sheet.right.set_xticks([], minor=True)
+    sheet.right.set_xticks(COMPARED_AT, [str(steps) for steps in COMPARED_AT])
+    for panel in (sheet.left, sheet.right):
         panel.legend()
     rows = [("before", start), *((name, result.images) for name, result in results.items())]
     wanted = [str(k) for k in range(min(10, len(start)))]
-    panel = bottom.subplots()
-    show(panel, [(name, images[:10]) for name, images in rows], wanted)
-    panel.set_title("Samples from the noise, by the digit that was wanted")
-    figure.savefig(path, dpi=120)
+    sheet.images("Samples from the noise, by the digit that was wanted", rows, wanted)
+    sheet.save(path)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(cls=Example, context_settings={"show_default": True})
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out"))
-@click.option("--solver", default="dpmpp-2m", help="See `fastdiff solvers`.")
+@click.option("--solver", default="dpmpp-2m", help="`fastdiff solvers` lists them.")
 @click.option("--steps", type=click.IntRange(1), default=10, help="Steps of the sampler.")
 @click.option(
-    "--count", type=click.IntRange(1), default=30, help="Noises; the k-th wants k mod 10."
+    "--count",
+    type=click.IntRange(1),
+    default=30,
+    help="Number of noises; the k-th wants the digit k mod 10.",
 )
 @click.option("--iterations", type=click.IntRange(1), default=40, help="Steps of Adam.")
 @click.option("--rate", type=click.FloatRange(0), default=0.1, help="Adam's learning rate.")
@@ -168,14 +155,13 @@ def main(
     out: Path, solver: str, steps: int, count: int, iterations: int, rate: float, seed: int
 ) -> None:
     """Optimise the starting noise so that a classifier sees the wanted digits."""
+    known, names = fd.models.digits_data("train")
     torch.set_num_threads(1)  # an evaluation takes milliseconds: threads would only wait
     network, classifier = fd.models.digits(), fd.models.digits_classifier()  # weights are frozen
     plan = fd.plan(network.schedule, solver, steps, prediction=network.prediction)
     noise = fd.noise.prior(plan, (count, *network.shape), seeds=seed)
     wanted = torch.arange(count) % 10
     start = fd.sample(network, noise, plan)
-
-    known, names = fd.models.digits_data("train")
 
     def verdicts(images: Tensor) -> str:
         seen = (classifier(images).argmax(1) == wanted).sum()
@@ -193,7 +179,10 @@ def main(
     results = {}
     for name, gradient in GRADIENTS.items():
         result = results[name] = optimise(
-            network, classifier, plan, noise, wanted, gradient, iterations, rate
+            *(network, classifier, plan, noise, wanted),
+            gradient=gradient,
+            iterations=iterations,
+            rate=rate,
         )
         click.echo(
             f"{name:<12}  {result.seconds:>8.1f}  {result.losses[0]:>12.4f}  "
@@ -206,10 +195,7 @@ def main(
     for name, each in apart.items():
         click.echo(f"{name:<12}" + "".join(f"  {value:>8.1e}" for value in each))
 
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "optimise-latent.png"
-    draw(results, apart, start, path)
-    click.echo(f"\npicture: {path}")
+    draw(results, apart, start, out / "optimise-latent.png")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
     python examples/train_digits.py --out out/ --evaluate       # measure them, draw samples
     python examples/train_digits.py --evaluate --shipped        # measure the package's weights
 
-Written into the folder: `digits.safetensors` (averaged weights), `classifier.safetensors`,
-`loss.png`, `checkpoint.pt`, from which --resume continues, and, by --evaluate, `samples.png`.
+The folder then holds `digits.safetensors` (averaged weights), `classifier.safetensors`, `loss.png`,
+`checkpoint.pt`, from which --resume continues, and, after --evaluate, `samples.png`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
+from common import Example, save, show
+from matplotlib.figure import Figure
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastdiff as fd
+from fastdiff._files import replacing
 from fastdiff.models import DigitsClassifier, DigitsDiT, digits, digits_classifier, digits_data
 
 T_MIN = 1e-3
@@ -68,7 +68,7 @@ class Run:
         return cls(settings, network, average, optimizer, random)
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; a reader finds the old one or the new one, never half of it."""
+        """Write a checkpoint; a reader finds the old one or the new one, never a part."""
         state = {
             "settings": self.settings,
             "network": self.network.state_dict(),
@@ -80,7 +80,8 @@ class Run:
             "losses": self.losses,
             "held_out": self.held_out,
         }
-        replace(path, lambda temporary: torch.save(state, temporary))
+        with replacing(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint written with the same settings."""
@@ -99,18 +100,11 @@ class Run:
         self.step, self.losses, self.held_out = state["step"], state["losses"], state["held_out"]
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary path) and move the result to `path` in one atomic step."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def save_weights(path: Path, module: nn.Module, settings: dict[str, Any]) -> None:
     """Write the parameters, with the settings that made them as the file's metadata."""
     parameters = {name: value.contiguous() for name, value in module.state_dict().items()}
-    content = save(parameters, {"training": json.dumps(settings, sort_keys=True)})
-    replace(path, lambda temporary: temporary.write_bytes(content))
+    with replacing(path) as file:
+        file.write(to_bytes(parameters, {"training": json.dumps(settings, sort_keys=True)}))
 
 
 def v_loss(network: DigitsDiT, x0: Tensor, y: Tensor, t: Tensor, epsilon: Tensor) -> Tensor:
@@ -213,7 +207,8 @@ def train_classifier(seed: int, steps: int) -> DigitsClassifier:
 
 def draw_losses(run: Run, path: Path) -> None:
     """The smoothed training loss and the held-out loss over the steps."""
-    figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
+    figure: Any = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.subplots()
     window = max(1, min(100, len(run.losses) // 10))
     smooth = np.convolve(run.losses, np.ones(window) / window, "valid")
     axes.plot(np.arange(window, len(run.losses) + 1), smooth, label="training")
@@ -223,21 +218,15 @@ def draw_losses(run: Run, path: Path) -> None:
     axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    replace(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
-    plt.close(figure)
+    save(figure, path, dpi=100)
 
 
 def draw_samples(rows: dict[str, Tensor], path: Path) -> None:
     """One row of ten images, class 0 to 9, for each named tensor [10, 1, 8, 8]."""
-    figure, axes = plt.subplots(len(rows), 1, figsize=(5, 0.44 * len(rows)))
-    figure.subplots_adjust(left=0.25, right=0.99, bottom=0.01, top=0.99, hspace=0.08)
-    for axis, (name, images) in zip(axes, rows.items(), strict=True):
-        padded = F.pad(images.clamp(-1, 1), (1, 1, 1, 1), value=-1)
-        axis.imshow(padded[:, 0].transpose(0, 1).reshape(10, 100), cmap="gray", vmin=-1, vmax=1)
-        axis.set(xticks=[], yticks=[])
-        axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    replace(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
-    plt.close(figure)
+    figure: Any = Figure(figsize=(5, 0.44 * len(rows) + 0.2), layout="constrained")
+    clamped = [(name, images.clamp(-1, 1)) for name, images in rows.items()]
+    show(figure.subplots(), clamped, [str(k) for k in range(10)])
+    save(figure, path, dpi=100)
 
 
 def evaluate(network: DigitsDiT, classifier: DigitsClassifier, path: Path) -> None:
@@ -272,19 +261,17 @@ def evaluate(network: DigitsDiT, classifier: DigitsClassifier, path: Path) -> No
     draw_samples({"held-out images": examples, **rows}, path)
 
 
-@click.command()
+@click.command(cls=Example, context_settings={"show_default": True})
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("out"),
-    show_default=True,
     help="Folder for the weights, the pictures and the checkpoint.",
 )
 @click.option(
     "--steps",
     type=click.IntRange(1),
     default=9000,
-    show_default=True,
     help="Optimiser steps; the learning rate falls to zero at the last.",
 )
 @click.option(
@@ -292,26 +279,20 @@ def evaluate(network: DigitsDiT, classifier: DigitsClassifier, path: Path) -> No
     type=click.FloatRange(0),
     help="Stop the network's training after so many minutes; go on later with --resume.",
 )
-@click.option("--batch", type=click.IntRange(1), default=128, show_default=True)
-@click.option(
-    "--lr", type=click.FloatRange(0), default=2e-3, show_default=True, help="Peak learning rate."
-)
+@click.option("--batch", type=click.IntRange(1), default=128)
+@click.option("--lr", type=click.FloatRange(0), default=2e-3, help="Peak learning rate.")
 @click.option(
     "--dropout",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.05,
-    show_default=True,
-    help="Rate in the network's blocks.",
+    help="Dropout rate in the network's blocks.",
 )
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Fixes every random number of the run."
-)
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, help="Fixes every random number of the run.")
+@click.option("--threads", type=click.IntRange(1), default=1)
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 @click.option(
     "--classifier/--no-classifier",
     default=True,
-    show_default=True,
     help="Train the classifier too (half a minute).",
 )
 @click.option(
@@ -322,6 +303,7 @@ def evaluate(network: DigitsDiT, classifier: DigitsClassifier, path: Path) -> No
 )
 @click.option("--shipped", is_flag=True, help="With --evaluate: measure the package's weights.")
 def main(
+    *,
     out: Path,
     steps: int,
     minutes: float | None,
@@ -337,7 +319,6 @@ def main(
 ) -> None:
     """Train the class-conditional digits network and its classifier, on the CPU."""
     torch.set_num_threads(threads)
-    plt.switch_backend("Agg")
     out.mkdir(parents=True, exist_ok=True)
     if evaluate_only:
         paths = [None if shipped else out / name for name in ("digits", "classifier")]

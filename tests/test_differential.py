@@ -109,8 +109,3 @@ def test_a_batcher_gives_random_plans_the_samplers_bits(backend, scale, poisoned
 def test_gradients_of_random_plans_are_the_interpreters(kind, backend, poisoned, many):
     for seed in range((200 if backend == "cpu" else 50) * many):
         check_gradient(seed, kind, backend)
-
-
-def test_backprop_of_random_plans_is_the_interpreters(poisoned, many):
-    for seed in range(100 * many):
-        check_gradient(seed, "backprop", None)

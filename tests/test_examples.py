@@ -3,19 +3,21 @@
 
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def load(name):
+    folder = str(ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.append(folder)  # where the examples find what they share
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
@@ -35,6 +37,12 @@ def pictures(folder):
     return {p.name for p in folder.iterdir() if p.read_bytes().startswith(b"\x89PNG")}
 
 
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="the digits come with scikit-learn"
+)
+
+
+@needs_digits
 def test_an_optimised_noise_is_seen_as_the_wanted_digit(tmp_path, monkeypatch):
     example = load("optimise_latent")
     monkeypatch.setattr(example, "COMPARED_AT", (4, 8))
@@ -50,6 +58,7 @@ def test_an_optimised_noise_is_seen_as_the_wanted_digit(tmp_path, monkeypatch):
     assert pictures(tmp_path) == {"optimise-latent.png"}
 
 
+@needs_digits
 def test_finetuning_earns_reward_in_flat_memory(tmp_path, monkeypatch):
     example = load("finetune_reward")
     monkeypatch.setattr(example, "MEASURED_AT", (3, 6))
@@ -67,6 +76,7 @@ def test_finetuning_earns_reward_in_flat_memory(tmp_path, monkeypatch):
     example.fd.models.digits(tmp_path / "finetune-reward.safetensors")
 
 
+@needs_digits
 def test_a_fixed_point_is_nearer_than_an_explicit_inversion_and_both_than_fewer_steps(tmp_path):
     options = ("--steps", "8,16", "--solvers", "ddim,deis-2", "--sweeps", "20", "--count", "3")
     rows = run(load("invert"), tmp_path, *options)
@@ -83,6 +93,7 @@ def test_a_fixed_point_is_nearer_than_an_explicit_inversion_and_both_than_fewer_
     assert pictures(tmp_path) == {"invert.png"}
 
 
+@needs_digits
 def test_rows_that_cannot_be_inverted_so_are_refused(tmp_path):
     options = ["--out", str(tmp_path), "--solvers", "heun", "--steps", "2"]
     done = CliRunner().invoke(load("invert").main, options)
@@ -90,6 +101,24 @@ def test_rows_that_cannot_be_inverted_so_are_refused(tmp_path):
     assert "deis-2" in done.output
 
 
+@pytest.mark.parametrize("name", ["optimise_latent", "finetune_reward", "invert", "train_digits"])
+def test_without_scikit_learn_one_sentence_says_what_to_install(name, tmp_path):
+    path = ROOT / "examples" / f"{name}.py"
+    code = (
+        "import runpy, sys; sys.modules['sklearn'] = None\n"
+        f"sys.path.insert(0, {str(path.parent)!r})\n"
+        f"sys.argv = ['{name}', '--out', {str(tmp_path / 'out')!r}]\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (line,) = (text for text in done.stderr.splitlines() if not text.startswith("classifier:"))
+    assert line == (
+        "Error: digits_data: the images come with scikit-learn; it is not installed. "
+        "Run: pip install scikit-learn"
+    )
+
+
 def test_the_readme_names_the_examples_that_there_are():
     named = set(re.findall(r"^    python examples/(\w+)\.py", README, re.MULTILINE))
-    assert named == {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert named == {path.stem for path in (ROOT / "examples").glob("*.py")} - {"common"}

@@ -21,15 +21,17 @@ REFUSALS = (ValueError, TypeError, OSError)
 # A plan that loads may still be one that no backend or no tensor of this size can run.
 UNRUNNABLE = (ValueError, TypeError, NotImplementedError)
 SOLVERS = ("ddim", "deis-3", "dpmpp-2s", "ddpm", "heun")
-SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
+NUMBERS = st.one_of(
     st.integers(-(10**400), 10**400),
     st.integers(-3, 70),
     st.floats(),
-    st.sampled_from(
-        [0.0, -0.0, 1e308, -1e308, 5e-324, 2.0**-126, 2**24, 2**63, math.nan, math.inf]
-    ),
+    st.sampled_from([0.0, -0.0, 1e308, -1e308, 5e-324, 2.0**-126, 2**24, 2**63]),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+)
+SCALARS = st.one_of(
+    NUMBERS,
+    st.none(),
+    st.booleans(),
     st.text(max_size=8),
     st.sampled_from(["x0", "epsilon", "fastdiff-plan", "\ud800", "\x1b[2J", "\0"]),
 )
@@ -83,7 +85,8 @@ def edited(draw):
         elif how == "add" and isinstance(node[path[-1]], dict):
             node[path[-1]][draw(NAMES)] = draw(VALUES)
         else:
-            node[path[-1]] = draw(VALUES)
+            number = isinstance(node[path[-1]], int | float) and draw(st.booleans())
+            node[path[-1]] = draw(NUMBERS if number else VALUES)
         if not isinstance(data, dict | list):
             break
     return json.dumps(data)  # with NaN and Infinity, which JSON has not

@@ -11,7 +11,7 @@ class GateError(RuntimeError):
 
 
 def agree(who: str, got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
-    """The gate: ||got - wanted|| <= tolerance ||wanted||, both finite.
+    """Checks that ||got - wanted|| <= tolerance ||wanted||, and that both are finite.
 
     Raises:
         GateError: They differ by more.

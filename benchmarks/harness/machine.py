@@ -24,7 +24,7 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @functools.cache
 def commit() -> tuple[str, bool]:
-    """(hash of HEAD, whether the tree differs from it); ("none", True) without a commit."""
+    """The hash of HEAD, and whether the tree differs from it; ("none", True) without a commit."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -42,7 +42,7 @@ def commit() -> tuple[str, bool]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of Python, torch, NumPy, fastdiff and, where it is installed, diffusers."""
+    """The versions of Python, torch, NumPy, fastdiff and, where it is installed, diffusers."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def processor() -> str:
-    """The CPU's model, with family and model number where its name alone says little."""
+    """The name of the CPU, with its family and model number where the system says them."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -72,7 +72,7 @@ def processor() -> str:
 
 @functools.cache
 def driver() -> str:
-    """NVIDIA's driver, as nvidia-smi says it; "unknown" without one."""
+    """The version of NVIDIA's driver, as nvidia-smi says it; "unknown" without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
@@ -83,7 +83,7 @@ def driver() -> str:
 
 
 def cores() -> int:
-    """Logical processors that this process may use."""
+    """The number of logical processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -108,7 +108,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last cache; a guess where the system does not say."""
+    """The size of the last cache; a guess where the system does not say it."""
     if device.type == "cuda":
         known = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
         return int(known) or 64 * MIB
@@ -120,7 +120,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory to be had, about."""
+    """About how much memory can be had."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of living tensors made since it was entered, and their most.
+    """Counts the bytes of the living tensors made since it was entered, and keeps their most.
 
     What an operation allocates for itself and frees before it returns is not seen.
     """

@@ -90,7 +90,7 @@ def read(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def latest(records: Sequence[Record]) -> list[list[Record]]:
-    """For each machine the records of the commit that stands last, machines in order."""
+    """The records of each machine, in order of the machines; of each, those of its last commit."""
     commits = {machine_of(r): r["commit"] for r in records}
     groups: dict[tuple[str, str], list[Record]] = {machine: [] for machine in commits}
     for r in records:

@@ -39,7 +39,7 @@ class Rival:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a unit over the rounds of a run."""
+    """Seconds a unit of work takes, over the rounds of a run."""
 
     best: float
     p20: float
@@ -49,7 +49,7 @@ class Timing:
 
 
 def summary(seconds: Sequence[float]) -> Timing:
-    """Best, percentiles (linear interpolation between ranks) and count of some times."""
+    """The best, the percentiles (linear between ranks) and the number of some times."""
     if not len(seconds):
         raise ValueError("summary: at least one time is needed; got none.")
     p20, median, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
@@ -83,7 +83,7 @@ def race(
     clock = time.perf_counter
 
     def take(rival: Rival, runs: int) -> float:
-        """Seconds of one turn."""
+        """The seconds that one turn takes."""
         if rival.setup is not None:
             rival.setup()
         run = rival.run
@@ -115,7 +115,7 @@ def wait(device: torch.device) -> None:
 
 
 def executed(run: Callable[[], Any], count: int, device: torch.device) -> Callable[[], None]:
-    """`count` runs and the end of the last of them: their execution, not their enqueueing."""
+    """A turn of `count` runs that ends when they have run, not when they are enqueued."""
 
     def call() -> None:
         for _ in range(count):
@@ -128,11 +128,11 @@ def executed(run: Callable[[], Any], count: int, device: torch.device) -> Callab
 def take_turns(
     rivals: dict[str, Calls], device: torch.device, rounds: int, seconds: float
 ) -> dict[str, tuple[Timing, Timing]]:
-    """Seconds a launch, (of the device, of the host), by name.
+    """Times rivals in turns, each as a queue of launches.
 
     Args:
         rivals: For each the same launch on every set of registers, taken in turns too.
-        device: Where they run. On the CPU both times are the same.
+        device: Where they run.
         rounds: Turns of each, at least.
         seconds: How long to go on, all together.
     """

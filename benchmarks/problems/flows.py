@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probability flows under one schedule, from fixed starts: whose exact end or gradient is known."""
+"""Probability flows under one schedule, from fixed starts, with what is differentiated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VARIANCES = (
     (0.07, 0.12, 0.25, 0.05, 0.06, 0.08, 0.04, 0.15),
 )
 
-ENDS = {"t_max": 1.0, "t_min": 1e-2}  # of the runs that are differentiated
+ENDS = {"t_max": 1.0, "t_min": 1e-2}  # first and last time of the runs that are differentiated
 TITLES = {
     "mixture": "Gaussian mixture",
     "empirical": "Exact denoiser of the digits",
@@ -72,7 +72,7 @@ class Flow:
         network: `network(x, t, **cond)`.
         prediction: What it returns.
         start: x at t = 1, [B, ...].
-        cond: Conditioning by keyword; what of it is floating wants a gradient.
+        cond: Conditioning by keyword. Floating tensors in it want a gradient.
         theta: Whether the parameters do.
     """
 
@@ -94,11 +94,11 @@ class Flow:
         return [p for p in self.network.parameters() if p.requires_grad] if module else []
 
     def run(self, plan: fd.Plan) -> torch.Tensor:
-        """Where a plan ends."""
+        """The state in which a run of the plan ends."""
         return fd.sample(self.network, self.start, plan, cond=dict(self.cond) or None)
 
     def leaves(self) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Tensor]]:
-        """x, the conditioning, and all that wants a gradient."""
+        """Fresh tensors: x, the conditioning, and the list of all that wants a gradient."""
         x = self.start.clone().requires_grad_()
         cond = {
             k: v.clone().requires_grad_() if v.is_floating_point() else v
@@ -123,7 +123,7 @@ class Flow:
 
 
 def untrained(name: str) -> Flow:
-    """A problem whose network has nothing to train, in a larger batch: where does its flow end?"""
+    """A problem in a larger batch, whose network has nothing to train."""
     if name == "mixture":
         network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
         start = fd.noise.normal((64, 8), 0, 0, dtype=torch.float64)
@@ -159,7 +159,7 @@ PROBLEMS: dict[str, Callable[[], Flow]] = {
 
 
 def gradients(flow: Flow, plan: fd.Plan, gradient: Any, **options: Any) -> dict[str, torch.Tensor]:
-    """Gradients of the functional by the library: of x, of z, of the parameters."""
+    """The library's gradients of the functional, with respect to x, z and the parameters."""
     x, cond, wanted = flow.leaves()
     out = fd.sample(flow.network, x, plan, cond=cond or None, gradient=gradient, **options)
     total = (out * flow.cotangent).sum()
@@ -181,7 +181,7 @@ def truth(flow: Flow, steps: int) -> dict[str, torch.Tensor]:
 
 
 def apart(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Relative errors: of x and z the median over the samples, of theta in all."""
+    """Relative errors: for x and z the median over the samples, for theta one number."""
     errors = {}
     for name, wanted in exact.items():
         rows = (found[name] - wanted, wanted)

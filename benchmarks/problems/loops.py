@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Parts:
-    """A case made: everything that a loop starts from."""
+    """Everything that a loop of a case starts from."""
 
     case: Case
     network: Callable[..., torch.Tensor]
@@ -62,7 +62,7 @@ class Parts:
         return sum(p.numel() for p in tensors)
 
     def time(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """One time of the loop, as the network is given it: [B]."""
+        """A time of the loop as the network is given it, [B]."""
         told = self.plan.stages[0].model_time
         return torch.full((len(self.start),), told, device=self.start.device).to(dtype)
 

@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A policy: noisy action [B, actions], time and observation to epsilon, by three layers."""
+    """A policy of three layers: noisy action [B, actions], time and observation to epsilon."""
 
     def __init__(self, actions: int, observed: int, width: int = 256) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Dit(nn.Module):
 
 
 class FromDiffusers(nn.Module):
-    """A model of diffusers' as network(x, t, cond)."""
+    """One of diffusers' models, called as network(x, t, cond)."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
         super().__init__()
@@ -188,6 +188,6 @@ def unet(small: bool) -> nn.Module:
             cross_attention_dim=32,
             sample_size=32,
         )
-    else:  # what it does not say is as in Stable Diffusion 1.5's config
+    else:  # the defaults of the class are those of Stable Diffusion 1.5
         model = diffusers.UNet2DConditionModel(cross_attention_dim=768, sample_size=64)
     return FromDiffusers(model, "encoder_hidden_states")

@@ -17,6 +17,6 @@ def training_times(steps: int) -> list[float]:
 
 
 def plan_on_training_times(solver: str, steps: int, **options: Any) -> fd.Plan:
-    """Our plan over the schedulers' times."""
+    """fastdiff's plan over the schedulers' times."""
     schedule = fd.schedules.VPDiscrete.scaled_linear()
     return fd.plan(schedule, solver, steps, grid=training_times(steps), **options)

@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Backward:
-    """A transposed plan with what is read of a plan: its rows and whether they evaluate."""
+    """A transposed plan with the attributes that are read of a plan."""
 
     transposed: Transposed
 
@@ -43,7 +43,7 @@ class Backward:
 
     @property
     def stages(self) -> tuple[Any, ...]:
-        """Of row 0, which makes h_bar of the last stage alone, and of the stages' rows."""
+        """Whether each row evaluates; row 0 makes h_bar of the last stage and evaluates nothing."""
         own = (stage.evaluate for stage in reversed(self.transposed.plan.stages))
         return tuple(SimpleNamespace(evaluate=evaluate) for evaluate in (False, *own))
 
@@ -76,7 +76,7 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """Times the network's next input is written: none where the network is given x itself."""
+        """How often the network's next input is written: never where the network is given x."""
         own = self.branches > 1 or self.network != torch.float32 or self.backward
         return self.branches if own else 0
 
@@ -87,19 +87,19 @@ class Case:
 
     @property
     def rows(self) -> Plan | Backward:
-        """What is bound."""
+        """The plan, or the transposed plan, that is bound."""
         return Backward(self.plan.transpose()) if self.backward else self.plan
 
     @property
     def values(self) -> dict[str, float]:
-        """Its row by column."""
+        """The numbers of the measured row, by column."""
         rows = self.rows
         row = rows.pack(self.weights)[self.row].tolist()
         return dict(zip(replace(rows.layout, branches=self.branches).columns, row, strict=True))
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """Rows of rising order, then of full order to the end."""
+        """A plan whose rows rise in order, and then have full order to the end."""
         stages = []
         for k in range(2 * self.outputs):
             stage = Stage(t=1.0 - k / 16, p=P, a_x=A_X, b=B_J[: min(k + 1, self.outputs)])
@@ -109,7 +109,7 @@ class Case:
         return Plan(stages=tuple(stages), times=(1.0, 0.0))
 
     def bytes(self, numel: int) -> int:
-        """What its row moves, counted from the row's flags."""
+        """The bytes that the row moves, counted from its flags."""
         return stage_bytes(
             *(self.rows, self.row, numel, torch.float32, self.network),
             weights=self.weights,
@@ -134,7 +134,7 @@ SHOWN = CHOSEN[:3]  # on the page at every size
 
 
 def all_cases() -> tuple[Case, ...]:
-    """The chosen ones, then the rest of the product; of backward rows those in float32."""
+    """The chosen cases, then the rest of the product; backward rows stand in float32 alone."""
     dtypes = (torch.float32, torch.bfloat16)
     product = itertools.product(range(1, 5), (1, 2), dtypes, (False, True))
     found = [*CHOSEN, *itertools.starmap(Case, product)]
@@ -143,7 +143,7 @@ def all_cases() -> tuple[Case, ...]:
 
 
 def cells(short: bool, largest: int) -> list[tuple[Case, Shape]]:
-    """What to measure, the most important first.
+    """The cases and shapes to measure, the most important first.
 
     Args:
         short: The chosen cases at 4 KiB, 1 MiB and 64 MiB alone.

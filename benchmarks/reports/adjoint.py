@@ -54,7 +54,7 @@ def budgets_of(points: Points) -> list[int]:
 
 
 def best_of(points: Points, name: str, budgets: Sequence[int]) -> dict[int, float]:
-    """The error at each budget; of a group the least within the budget, where there is one."""
+    """The error of a rival at each budget; for a group, the least within each budget."""
     if name in ours_of(points):
         return {b: points[name][b] for b in budgets if b in points[name]}
     group = {OUR_BEST: ours_of(points), THEIR_BEST: (THEIRS,)}.get(name, (name,))
@@ -68,13 +68,13 @@ def best_of(points: Points, name: str, budgets: Sequence[int]) -> dict[int, floa
 
 
 def factors(points: Points, ours: str, budgets: Sequence[int]) -> dict[int, float]:
-    """torchdiffeq's least error within a budget over ours at it."""
+    """The least error of torchdiffeq within each budget, over ours at that budget."""
     theirs, own = best_of(points, THEIR_BEST, budgets), best_of(points, ours, budgets)
     return {b: theirs[b] / own[b] for b in budgets if b in theirs and b in own}
 
 
 def targets(errors: Mapping[str, Points]) -> str:
-    """Every target beside what was measured: met, not met or not measured."""
+    """A table of the targets: each beside what was measured, and whether it is met."""
     rows = []
     for (problem, points), name in itertools.product(errors.items(), HELD):
         budgets = budgets_of(points)
@@ -92,7 +92,7 @@ def targets(errors: Mapping[str, Points]) -> str:
 
 
 def report_error(errors: Mapping[str, Points]) -> str:
-    """Ours at each budget beside torchdiffeq's best within it, and the factors."""
+    """Our errors at each budget, with the factors to torchdiffeq's best, and torchdiffeq's."""
     parts, n = [ABOUT_ERROR], number
     for problem, points in errors.items():
         rows, budgets = [], budgets_of(points)
@@ -166,7 +166,7 @@ _THEIRS = {"midpoint": "o", "rk4": "s", "bosh3": "^", "dopri5": "D"}
 
 
 def draw(records: Sequence[Record], path: Path) -> None:
-    """Above the errors against evaluations, below torchdiffeq's best over ours."""
+    """Draws the errors against evaluations, and below them torchdiffeq's best over ours."""
     errors = {key[0]: points for key, points in points_of(records, "error").items()}
     budgets = sorted({budget for points in errors.values() for budget in budgets_of(points)})
     size = (3.9 * len(errors), 5.2)

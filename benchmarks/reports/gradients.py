@@ -17,8 +17,8 @@ ADJOINT, RESOLVED = "AdjointDEIS(2)", 'AdjointDEIS(2, states="resolve")'
 CAPTURED, ADJOINT_CAPTURED = "discrete, captured", "AdjointDEIS(2), captured"
 BACKPROP, CHECKPOINTED = "backprop", "backprop, checkpointed by step"
 MIDPOINT, DOPRI = "torchdiffeq midpoint, as many calls", "torchdiffeq dopri5, tol 1e-3"
-RATIO = 1.10  # of forward and gradient over the bare network
-KEPT = 0.01  # of the activations of a step, at most, stay beside its state
+RATIO = 1.10  # at most, of the time of forward and gradient over the bare network's
+KEPT = 0.01  # at most so much of the activations of a step stays beside its state
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def case_of(line: Record) -> Case:
 
 
 def ratios(records: Sequence[Record], which: str) -> dict[tuple[Case, str], float]:
-    """Each rival's time over the bare network's."""
+    """The time of each rival over that of the bare network."""
     own = {case_of(r): r[which] for r in records if r["rival"] == BARE and r["part"] == "time"}
     return {
         (case_of(r), r["rival"]): r[which] / own[case_of(r)]
@@ -71,7 +71,7 @@ def report_time(records: Sequence[Record]) -> str:
 
 
 def peaks(records: Sequence[Record]) -> dict[tuple[Case, str], dict[int, int]]:
-    """Peak bytes by steps; cases as of 0 steps, rivals without their segment's length."""
+    """Peak bytes by steps. Cases are given 0 steps, and rivals lose their segment's length."""
     found: dict[tuple[Case, str], dict[int, int]] = {}
     for r in records:
         if r["part"] == "memory":
@@ -84,13 +84,13 @@ def peaks(records: Sequence[Record]) -> dict[tuple[Case, str], dict[int, int]]:
 
 
 def growth_of(by: Mapping[int, int]) -> float:
-    """Bytes a step."""
+    """The bytes that a step adds."""
     few, many = min(by), max(by)
     return (by[many] - by[few]) / max(many - few, 1)
 
 
 def state_of(records: Sequence[Record], case: Case) -> int:
-    """Bytes of x, as they are allocated."""
+    """The bytes of x, as they are allocated."""
     for r in records:
         if r["part"] == "memory" and replace(case_of(r), steps=0) == case:
             size = 4 * math.prod(r["shape"])
@@ -113,7 +113,7 @@ def report_memory(records: Sequence[Record]) -> str:
 
 
 def targets(records: Sequence[Record]) -> str:
-    """Every target beside what was measured: met, not met or not measured."""
+    """A table of the targets: each beside what was measured, and whether it is met."""
     rows = []
 
     def add(what: str, bound: str, value: str, good: bool | None) -> None:

@@ -18,7 +18,7 @@ THEIRS, GRAPHED = "diffusers eager", "diffusers, network in a graph"
 NETWORK, CAPTURED = "network alone", "network alone, calls in one graph"
 COMPILED = "network alone, compiled"
 THEIRS_COMPILED, OURS_COMPILED = "diffusers, network compiled", "fastdiff eager, network compiled"
-# Whose time is taken off a rival's.
+# The rival whose time is taken off another's, by the other's name.
 ALONE = dict.fromkeys((EAGER, THEIRS), NETWORK)
 ALONE |= dict.fromkeys((STAGE, LOOP, REPLAY, GRAPHED), CAPTURED)
 ALONE |= dict.fromkeys((OURS_COMPILED, THEIRS_COMPILED), COMPILED)
@@ -33,7 +33,7 @@ def page(records: Sequence[Record], place: str) -> str:
 
 
 def report(records: Sequence[Record], place: str) -> str:
-    """A table of every cell and rival: medians, and what lies beyond the network's own."""
+    """A table of every cell and rival, with medians and what lies beyond the network's own time."""
     over = [beyond(records, which) for which in ("best", "median")]
     by = {_key(r): r for r in records}
 
@@ -60,7 +60,7 @@ def report(records: Sequence[Record], place: str) -> str:
 
 
 def beyond(records: Sequence[Record], which: str) -> dict[tuple[Any, ...], float]:
-    """What each rival takes beyond the network's own time, us a step.
+    """What each rival takes beyond the network's own time, in us a step.
 
     Args:
         records: Some lines.
@@ -82,7 +82,7 @@ def beyond(records: Sequence[Record], which: str) -> dict[tuple[Any, ...], float
 
 
 def targets(records: Sequence[Record]) -> str:
-    """Every target beside what a GPU measured: met, not met or not measured."""
+    """A table of the targets: each beside what a GPU measured, and whether it is met."""
     by = {
         (r["network"], tuple(r["shape"]), r["rival"], r["timing"]): r
         for r in records
@@ -91,7 +91,7 @@ def targets(records: Sequence[Record]) -> str:
     n, rows = number, []
 
     def us(kind: str, shape: tuple[int, ...], rival: str, timing: str) -> float | None:
-        """Of a whole loop."""
+        """The median of a whole loop."""
         line = by.get((kind, shape, rival, timing))
         return None if line is None else line["median"] * line["steps"]
 

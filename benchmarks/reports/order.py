@@ -74,7 +74,7 @@ def errors(rows: Sequence[Row], problem: str, grid: str, rival: str) -> Errors:
 
 
 def same(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Solvers that are one on these problems (equal errors to five digits), by their first name."""
+    """Solvers whose errors agree to five digits everywhere, by the first name of each group."""
     signature: dict[str, list[Any]] = {}
     for r in rows:
         if r["rival"] == "fastdiff":
@@ -135,7 +135,7 @@ def draw(records: Sequence[Record], folder: Path) -> None:
 
 
 def draw_problem(rows: Sequence[Row], problem: str, path: Path) -> None:
-    """Error against NFE: a row a grid, a panel a family; DDIM in grey, diffusers' dashed."""
+    """Draws error against NFE: a row for each grid, a panel for each family of solvers."""
     grids = list(dict.fromkeys(r["grid"] for r in rows if r["problem"] == problem))
     size = (3.1 * len(_PANELS), 2.7 * len(grids) + 0.3)
     figure = new_figure(size)

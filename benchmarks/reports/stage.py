@@ -43,7 +43,7 @@ def copies(records: Sequence[Record]) -> str:
 
 
 def report(records: Sequence[Record]) -> str:
-    """A table of every cell and rival: medians."""
+    """A table of every cell and rival, with medians."""
     order = {case: k for k, case in enumerate(all_cases())}
     rows = []
     for r in sorted(records, key=lambda r: (order[case_of(r)], *_order(r["shape"]))):
@@ -56,7 +56,7 @@ def report(records: Sequence[Record]) -> str:
 
 
 def targets(records: Sequence[Record], device: str) -> str:
-    """Every target beside the worst cell that it binds: met, not met or not measured."""
+    """A table of the targets: each beside the worst cell that it binds, and whether it is met."""
     rows = []
 
     def add(what: str, bound: str, values: Sequence[float], good: Callable[[float], bool]) -> None:
@@ -100,7 +100,7 @@ def targets(records: Sequence[Record], device: str) -> str:
 
 
 def _order(shape: Sequence[int]) -> tuple[bool, int]:
-    """Flat registers by size, then the tiny samples."""
+    """The key that sorts flat registers by size, and the tiny samples after them."""
     return tuple(shape) in TINY, math.prod(shape)
 
 

@@ -22,7 +22,7 @@ COPY, IN_PLACE = "copy_", "mul_, in place"
 
 @dataclass(frozen=True)
 class Target:
-    """Ours takes at most 1/`times` of `rival` at `shapes`."""
+    """A target: `ours` takes at most 1/`times` of the time of `rival` at `shapes`."""
 
     ours: str
     rival: str
@@ -87,7 +87,7 @@ def small(records: Sequence[Record]) -> str:
 
 
 def large(records: Sequence[Record]) -> str:
-    """Bandwidths and their share of the copy's, best of best and median of median."""
+    """A table of bandwidths, with their share of the copy's: best of best, median of median."""
     rows = []
     for r in records:
         shares = [r["share"], r["share_median"]]

@@ -13,7 +13,7 @@ Run = Callable[[], Sequence[torch.Tensor | None]]
 
 
 def bare(flow: Flow, steps: int) -> Run:
-    """Per stage a forward without grad, one with grad and its vector-Jacobian product."""
+    """A forward without grad, one with grad and its vector-Jacobian product, for every stage."""
     network, cotangent = flow.network, flow.cotangent
     x, cond, wanted = flow.leaves()
     t = torch.full((len(x),), 0.5, device=x.device)

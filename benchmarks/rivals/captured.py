@@ -13,7 +13,7 @@ import fastdiff as fd
 
 
 def capture(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of a body: what launches it, and what the body returned, which it rewrites.
+    """Captures a body as a CUDA graph; gives its launch and its result, which a launch rewrites.
 
     Libraries choose and allocate at first calls: the body runs three times on a side stream first.
     Workspaces of matrix libraries lie in the graph that first needed them; they are given up before
@@ -34,7 +34,7 @@ def capture(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
 
 
 class Graphed:
-    """A network in a CUDA graph, as one captures one by hand: inputs are copied to fixed memory.
+    """A network in a CUDA graph captured by hand: its inputs are copied to fixed memory.
 
     The condition is the one captured, in its place: it is not copied.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile: of the network alone, and of whole loops as one function."""
+"""torch.compile of the network alone, and of whole loops as one function."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _bound: list[tuple[Any, torch.Tensor, torch.Tensor]] = []  # stage, x and histor
 def _run_stage(
     loop: int, row: int, x: torch.Tensor, history: torch.Tensor, out: torch.Tensor
 ) -> None:
-    """The operator: one stage of the compiled core, on the registers that it was bound to.
+    """Runs one stage of the compiled core, on the registers that it was bound to.
 
     The compiler may hand over copies of them; those are copied in and back, as they would have
     to be.
@@ -81,7 +81,9 @@ def compiled_loops(parts: Parts) -> dict[str, Callable[[], Loop]]:
         return compiled(lambda x, cond: fd.sample(network, x, plan, cond=cond))
 
     def calls(x: torch.Tensor, cond: Cond) -> torch.Tensor:
-        for t in times:  # one on the other's output, or the compiler would make them one
+        for (
+            t
+        ) in times:  # each reads the output of the one before, or the compiler would make them one
             x = network(x, torch.full((batch,), t), **cond)
         return x
 
@@ -103,7 +105,7 @@ def compiled_loops(parts: Parts) -> dict[str, Callable[[], Loop]]:
         run_stages = compiled(stages, x)
 
         def sample() -> torch.Tensor:
-            x.copy_(start)  # outside: the compiler would move x to memory of its own
+            x.copy_(start)  # inside, the compiler would move x to memory of its own
             run_stages()
             return x
 
@@ -116,5 +118,5 @@ def compiled_loops(parts: Parts) -> dict[str, Callable[[], Loop]]:
 
 
 def drop(run: Callable[[], Any], *keep: Any) -> None:
-    """Runs and returns nothing; what is passed along stays alive."""
+    """Runs, and returns nothing; what else is passed stays alive with it."""
     run()

@@ -65,7 +65,7 @@ def loop_around(parts: Parts, network: Any = None) -> Loop:
     start, batch = parts.start, len(parts.start)
 
     def loop() -> torch.Tensor:
-        # to its first step again, without the price of set_timesteps
+        # the scheduler goes back to its first step, without the price of set_timesteps
         scheduler.set_begin_index(0)
         scheduler._step_index = None
         scheduler.lower_order_nums = 0
@@ -80,7 +80,7 @@ def loop_around(parts: Parts, network: Any = None) -> Loop:
 
 
 def one_step(x: torch.Tensor) -> Callable[[], Any]:
-    """One step of diffusers' DPM++2M, then the next of its loop of 20."""
+    """A step of diffusers' DPM++2M; each call takes the next one of a loop of 20."""
     import diffusers
 
     scheduler = diffusers.DPMSolverMultistepScheduler(lower_order_final=False)
@@ -100,7 +100,7 @@ def one_step(x: torch.Tensor) -> Callable[[], Any]:
 
 
 def nodes(plan: fd.Plan) -> np.ndarray:
-    """Times of all evaluations of a plan, and its end."""
+    """The times of all evaluations of a plan, and its last time."""
     return np.array([*(stage.t for stage in plan.stages), plan.times[-1]])
 
 
@@ -160,7 +160,7 @@ def scheduler_of(name: str, plan: fd.Plan, **their_options: Any) -> Any:
 
 
 def final_state(name: str, plan: fd.Plan, flow: Flow, **their_options: Any) -> torch.Tensor:
-    """Final state of diffusers' solver over a plan's nodes."""
+    """The state in which diffusers' solver ends over a plan's nodes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers calls some of its own options deprecated
         made = scheduler_of(name, plan, **their_options)

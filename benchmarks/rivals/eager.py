@@ -15,7 +15,7 @@ from fastdiff.backends import Registers
 
 
 class Hoisted:
-    """DPM++2M as one would write it in eager torch: floats made beforehand, no new tensors.
+    """DPM++2M as one would write it in eager torch, with floats made beforehand and no new tensors.
 
     Args:
         plan: Rows of dpmpp-2m, from which the coefficients come.
@@ -71,7 +71,7 @@ def _fused(x: torch.Tensor, out: torch.Tensor, h: Any, past: Any, row: Any) -> N
 
 
 class Eager:
-    """The row as one would write it in eager torch: floats made beforehand, no new tensors.
+    """A row as one would write it in eager torch, with floats made beforehand and no new tensors.
 
     The history keeps h / p, which makes h with its first output one `torch.add`.
 
@@ -96,7 +96,7 @@ class Eager:
         self.b = [b * P for b in B_J[: case.outputs]]
         if compiled is not None:
             row = torch.tensor([P, A_X, C, *case.weights, *B_J[: case.outputs]], device=x.device)
-            # tensors of their own: views of one that are written cost the compiled code copies
+            # Each gets a tensor of its own: views that are written cost the compiled code copies.
             past, inputs = ([t.clone() for t in ts] for ts in (self.past, self.inputs))
             self.arguments = (x, self.h, past, self.outputs, inputs, row)
             self.compiled = compiled
@@ -137,7 +137,7 @@ def _update(noise: bool, x: Any, h: Any, past: Any, outputs: Any, inputs: Any, r
 
 
 class EagerBackward:
-    """A row of the transposed plan as `Eager` writes one; arguments as there.
+    """A row of the transposed plan, written as `Eager` writes one, with the same arguments.
 
         v = p e + sum of the outputs,   x' = a x + b v,   e' = d x + g v + sum g_j past_j,   m = e'
 
@@ -164,7 +164,7 @@ class EagerBackward:
         if compiled is not None:
             numbers = [self.p, self.a, self.b, self.d, self.g, *self.g_past]
             row = torch.tensor(numbers, dtype=torch.float32, device=x.device)
-            # tensors of their own, as in `Eager`; what is pushed to may be one that is read
+            # Each gets a tensor of its own, as in `Eager`; one may be both pushed to and read.
             own = {id(t): t.clone() for t in past}
             read = [own[id(t)] for t in self.past]
             pushed = None if self.pushed is None else own[id(self.pushed)]
@@ -219,6 +219,6 @@ def update_of(case: Case) -> Callable[..., None]:
 
 
 def compiled_update(case: Case) -> Any:
-    """Its update under `torch.compile`, on its own: what was compiled before is forgotten."""
+    """The update of a case under `torch.compile`, which forgets what it compiled before."""
     torch._dynamo.reset()
     return torch.compile(update_of(case), dynamic=False)

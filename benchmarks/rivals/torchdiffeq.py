@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchdiffeq: gradients by its continuous adjoint, of the same flows."""
+"""torchdiffeq: gradients of the same flows by its continuous adjoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 
 def version() -> str:
-    """Its version, or "none"."""
+    """The version that is installed, or "none"."""
     return importlib.metadata.version("torchdiffeq") if installed("torchdiffeq") else "none"
 
 
@@ -58,7 +58,7 @@ def lambda_ends(flow: Flow) -> torch.Tensor:
 
 
 def stepped(flow: Flow, method: str, steps: int) -> dict[str, Any]:
-    """Options of a solver of fixed steps; a hair longer, or rounding would add one."""
+    """Options of a solver of fixed steps, each a hair longer, so that rounding adds none."""
     first, last = lambda_ends(flow).tolist()
     return {"method": method, "options": {"step_size": (last - first) / steps * (1 + 1e-6)}}
 
@@ -82,7 +82,7 @@ def gradients(
 
 
 def settings(flow: Flow) -> dict[str, list[dict[str, Any]]]:
-    """What of torchdiffeq is tried, by method."""
+    """The settings that are tried, by method."""
     fixed = {
         "midpoint": (2, 3, 4, 5, 7, 10, 15, 20, 25, 50),
         "rk4": (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24),

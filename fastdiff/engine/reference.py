@@ -8,45 +8,49 @@ backends to rounding, not to the bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import noise
 from ..backends.torch import threshold
 from ..conditioning import at_stage
-from ..guidance import Guidance, combine
-from ..plans import Plan, Stage
+from ..guidance import Guidance
+from ..plans import Plan
 from .call import Call
+
+# What `constants` holds of each stage, in this order.
+_FIELDS = (
+    *("at_e", "writes_e", "writes_x"),
+    *("model_time", "c_in", "p", "q", "a_x", "a_e", "b", "b_raw", "c", "r"),
+    *("d_x", "d_e", "d_new", "g", "g_raw", "c_e", "s", "u", "v"),
+    *("noise", "reads_noise", "clip", "threshold", "evaluate"),
+    *("products", "scalars", "measures"),
+)
 
 Constants = tuple[int, tuple[tuple[Any, ...], ...]]
 Normal = Callable[[torch.Tensor, int, Sequence[int], torch.dtype], torch.Tensor]
-
-_FIELDS = (
-    *("model_time", "c_in", "p", "q", "a_x", "a_e", "b", "c", "r", "d_x", "d_e", "g", "c_e", "s"),
-    *("noise", "clip", "threshold", "evaluate"),
-)
+Stage = dict[str, Any]
 
 
 def constants(plan: Plan) -> Constants:
     """A plan as constants: the outputs that a row reads at most, and its stages as tuples."""
     rows, at_e = [], False
-    for i, s in enumerate(plan.stages):
-        _check(i, s)
-        rows.append((at_e, s.writes_e, s.writes_x, *(getattr(s, field) for field in _FIELDS)))
-        at_e = s.writes_e
-    return max(max(len(s.b), len(s.g)) for s in plan.stages), tuple(rows)
-
-
-def _check(i: int, s: Stage) -> None:
-    """Raises where a stage has terms that this loop does not know."""
-    weights = (s.u, s.v, s.b_raw, s.g_raw, s.d_new) != (0.0, 1.0, 0.0, 0.0, 0.0)
-    if weights or s.products or s.scalars or s.measures or len(s.threshold or ()) > 2:
-        raise NotImplementedError(
-            f"sample: stage {i} has u, v, b_raw, g_raw, d_new, a ceiling, products, scalars or "
-            "measures, which the loop in tensor operations does not run. Use another gradient, or "
-            "run it outside of torch.compile."
+    for stage in plan.stages:
+        own: Stage = {name: getattr(stage, name) for name in _FIELDS[1:]}
+        own["at_e"], at_e = at_e, stage.writes_e
+        own["products"] = tuple((p.into, p.weight, p.entry, p.of, p.at) for p in stage.products)
+        own["measures"] = tuple(
+            (m.into, _reduction(m.num), _reduction(m.den), m.power, m.weight, m.offset)
+            for m in stage.measures
         )
+        rows.append(tuple(own[name] for name in _FIELDS))
+    reach = max([0, *(j for stage in plan.stages for j in stage.history)])
+    return reach, tuple(rows)
+
+
+def _reduction(reduction: Any) -> tuple[Any, ...] | None:
+    return reduction and (reduction.kind, reduction.a, reduction.b, reduction.rank)
 
 
 def normal(
@@ -56,10 +60,11 @@ def normal(
     return noise.normal(tuple(shape), seeds, stream, dtype=dtype, device=seeds.device)
 
 
-def _combine(weights: Sequence[float], terms: Sequence[Any]) -> Any:
+def _combine(weights: Sequence[Any], terms: Sequence[Any]) -> Any:
     total: Any = 0.0
     for weight, term in zip(weights, terms, strict=True):
-        if weight != 0.0:  # a coefficient of 0 never reads its register
+        # a coefficient of 0 never reads its register
+        if isinstance(weight, torch.Tensor) or weight != 0.0:
             total = weight * term + total
     return total
 
@@ -85,65 +90,210 @@ def sample(
     Returns:
         The sample, x's shape and dtype.
     """
-    x, copies, batch = call.x, guidance.branches, call.x.shape[0]
-    told = torch.float64 if dtype == torch.float64 else torch.float32
-    cond, seed, xi, extras = guidance.conditions(call.cond, batch), call.seed, call.xi, call.extras
+    x = call.x
+    cond = guidance.conditions(call.cond, x.shape[0])
     state = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    registers = [torch.as_tensor(r).to(state).expand(x.shape) for r in extras]
+    bank = [torch.as_tensor(r).to(state).expand(x.shape) for r in call.extras]
     seeds: Any = None
-    if xi is None and seed is not None:
-        seeds = _seeds(seed, batch, x.device)
+    if call.xi is None and call.seed is not None:
+        seeds = _seeds(call.seed, x.shape[0], x.device)
     e: Any = None
     history: list[Any] = []
+    columns: dict[int, Any] = {}  # of S
     reach, rows = plan
-    for i, row in enumerate(rows):
-        at_e, writes_e, writes_x, model_time, c_in, p, q, a_x, a_e, b, c, r = row[:12]
-        d_x, d_e, g, c_e, s, draws, clip, limit, evaluate = row[12:]
-        point = e if at_e else state
-        h: Any = 0.0
-        if evaluate:
-            given = (point if c_in == 1.0 else c_in * point).to(dtype)
-            if copies > 1:
-                given = torch.cat([given] * copies)
-            time = torch.full((copies * batch,), model_time, dtype=told, device=x.device)
-            now = at_stage(cond, i)
-            if now is None:
-                out = network(given, time)
-            elif isinstance(now, Mapping):
-                out = network(given, time, **now)
-            else:
-                out = network(given, time, now)
-            if out.shape != given.shape:
-                raise ValueError(
-                    f"sample: stage {i}: the network returns its input's shape, "
-                    f"{tuple(given.shape)}; got {tuple(out.shape)}."
-                )
-            out = out.to(state.dtype)
-            if copies > 1:
-                out = combine(guidance.combined_weights(i, state), out.chunk(copies))
-            h = _combine((q, p), (out, point))
-            if clip is not None:
-                h = h.clamp(clip[0], clip[1])
-            if limit is not None:
-                h = threshold(h, limit[0], limit[1])
-            history.insert(0, h)
-        past = history if evaluate else [0.0, *history]
+    for i, values in enumerate(rows):
+        stage: Stage = dict(zip(_FIELDS, values, strict=True))
         drawn: Any = 0.0
-        if (c or c_e) and xi is not None:
-            drawn = xi[i]
-        elif c or c_e:
-            normals = [normal(seeds, stream, x.shape, state.dtype) for stream, _ in draws]
-            drawn = _combine([weight for _, weight in draws], normals)
-        x_next, e_next = state, e
-        if writes_x:
-            terms = [state, e, *past[: len(b)], drawn, *registers[: len(r)]]
-            x_next = _combine([a_x, a_e, *b, c, *r], terms)
-        if writes_e:
-            terms = [state, e, *past[: len(g)], drawn, *registers[: len(s)]]
-            e_next = _combine([d_x, d_e, *g, c_e, *s], terms)
-        state, e = x_next, e_next
-        del history[max(reach - 1, 0) :]
+        if stage["reads_noise"] and call.xi is not None:
+            drawn = call.xi[i]
+        elif stage["reads_noise"]:
+            drawn = _drawn(stage["noise"], normal, seeds, state)
+        point = e if stage["at_e"] else state
+        known = {"x": state, "e": e, "xi": drawn, "bank": bank, "point": point}
+        known["history"] = [None, *history]  # from 1 on
+        if stage["evaluate"]:
+            outputs = _outputs(network, stage, guidance, point, at_stage(cond, i), dtype, i)
+            known["out"], known["weights"] = outputs, guidance.combined_weights(i, state)
+        _measure(stage, known, columns)
+        if stage["evaluate"]:
+            known["h"], known["y"] = _predicted(stage, known, columns)
+        state, e = _updated(stage, known, columns)
+        if stage["evaluate"]:
+            history.insert(0, known["h"])
+        del history[reach:]
+    if x.requires_grad and not state.requires_grad:
+        state = state + torch.nan_to_num(0.0 * x)  # nothing reads x: its gradient is 0
     return state.to(x.dtype)
+
+
+def _outputs(
+    network: Callable[..., torch.Tensor],
+    stage: Stage,
+    guidance: Guidance,
+    point: torch.Tensor,
+    cond: Any,
+    dtype: torch.dtype,
+    i: int,
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of the branches at stage i, in the state's dtype."""
+    copies, c_in = guidance.branches, stage["c_in"]
+    given = (point if c_in == 1.0 else c_in * point).to(dtype)
+    if copies > 1:
+        given = torch.cat([given] * copies)
+    told = torch.float64 if dtype == torch.float64 else torch.float32
+    time = torch.full((given.shape[0],), stage["model_time"], dtype=told, device=point.device)
+    if cond is None:
+        out = network(given, time)
+    elif isinstance(cond, Mapping):
+        out = network(given, time, **cond)
+    else:
+        out = network(given, time, cond)
+    if out.shape != given.shape:
+        raise ValueError(
+            f"sample: stage {i}: the network returns its input's shape, "
+            f"{tuple(given.shape)}; got {tuple(out.shape)}."
+        )
+    return out.to(point.dtype).chunk(copies) if copies > 1 else (out.to(point.dtype),)
+
+
+def _drawn(draws: Any, normal: Normal, seeds: torch.Tensor, like: torch.Tensor) -> Any:
+    normals = [normal(seeds, stream, like.shape, like.dtype) for stream, _ in draws]
+    return _combine([weight for _, weight in draws], normals)
+
+
+def _product(product: tuple[Any, ...], known: Mapping[str, Any], total: Any) -> Any:
+    """What a product adds to a sum; `total` is that of the row so far, where it reads it."""
+    _, weight, entry, of, at = product
+    operand = total if of == "new" else known[of]
+    if of in ("bank", "history"):
+        operand = operand[at]
+    return weight * known["bank"][entry] * operand
+
+
+def _scaled(stage: Stage, columns: Mapping[int, Any], name: str, weight: Any, like: Any) -> Any:
+    """A coefficient times the number of each sample that the stage names for it."""
+    for scalar, column in stage["scalars"]:
+        if scalar == name:
+            return weight * columns[column].to(like).reshape(-1, *[1] * (like.ndim - 1))
+    return weight
+
+
+def _predicted(
+    stage: Stage, known: Mapping[str, Any], columns: Mapping[int, Any] | None
+) -> tuple[Any, Any]:
+    """(h, y) of a stage; without columns y takes no numbers of samples."""
+    weights = list(known["weights"])
+    if columns is not None:
+        named = enumerate(weights)
+        weights = [_scaled(stage, columns, f"w_{g}", w, known["point"]) for g, w in named]
+    combined = known["out"][0]
+    if len(weights) > 1 or isinstance(weights[0], torch.Tensor):
+        combined = weights[0] * known["out"][0]
+        for weight, output in zip(weights[1:], known["out"][1:], strict=True):
+            combined = combined + weight * output
+    y = _combine((stage["q"], stage["p"]), (combined, known["point"]))
+    y = y if isinstance(y, torch.Tensor) else torch.zeros_like(known["point"])
+    for product in stage["products"]:
+        if product[0] == "y":
+            y = y + _product(product, known, y)
+    h = y
+    if stage["clip"] is not None:
+        h = h.clamp(stage["clip"][0], stage["clip"][1])
+    if stage["threshold"] is not None:
+        h = threshold(h, *stage["threshold"])
+    if (stage["u"], stage["v"]) != (0.0, 1.0):
+        h = _combine((stage["v"], stage["u"]), (h, known["point"]))
+        h = h if isinstance(h, torch.Tensor) else torch.zeros_like(y)
+    return h, y
+
+
+class _Names(NamedTuple):
+    """What the terms of one sum are called in a stage."""
+
+    into: str
+    x: str
+    e: str
+    outputs: str
+    raw: str
+    noise: str
+    extras: str
+    scalar: str
+
+
+_X = _Names("x", "a_x", "a_e", "b", "b_raw", "c", "r", "b_0")
+_E = _Names("e", "d_x", "d_e", "g", "g_raw", "c_e", "s", "g_0")
+
+
+def _updated(stage: Stage, known: dict[str, Any], columns: Mapping[int, Any]) -> tuple[Any, Any]:
+    """x and e after a stage."""
+    x_next, e_next = known["x"], known["e"]
+    if stage["writes_x"]:
+        x_next = _total(_X, stage, known, columns)
+        for product in stage["products"]:
+            if product[0] == "x":
+                x_next = x_next + _product(product, known, x_next)
+    if stage["writes_e"]:
+        e_next = _total(_E, stage, known, columns)
+        if stage["d_new"]:
+            e_next = e_next + stage["d_new"] * x_next
+        for product in stage["products"]:
+            if product[0] == "e":
+                e_next = e_next + _product(product, known, x_next)
+    return x_next, e_next
+
+
+def _total(
+    names: _Names, stage: Stage, known: Mapping[str, Any], columns: Mapping[int, Any]
+) -> Any:
+    """The terms of a sum that are a number times a register."""
+    x, first, c = known["x"], stage[names.outputs][:1], stage[names.noise]
+    if first and first[0]:
+        first = (_scaled(stage, columns, names.scalar, first[0], x),)
+    if c:
+        c = _scaled(stage, columns, names.noise, c, x)
+    earlier = stage[names.outputs][1:]
+    extras = stage[names.extras]
+    weights = [stage[names.x], stage[names.e], *first, stage[names.raw], *earlier, c, *extras]
+    past = known["history"][1 : 1 + len(earlier)]
+    terms = [x, known["e"], *([known.get("h")] * len(first)), known.get("y"), *past]
+    total = _combine(weights, [*terms, known["xi"], *known["bank"][: len(extras)]])
+    return total if isinstance(total, torch.Tensor) else torch.zeros_like(x)
+
+
+# -- numbers of samples ----------------------------------------------------------------------------
+
+
+def _measure(stage: Stage, known: dict[str, Any], columns: dict[int, Any]) -> None:
+    """Makes the stage's measures, float64 [B], into the columns of S."""
+    if stage["measures"] and "out" in known:
+        known["y"] = _predicted(stage, known, None)[1]
+    for into, num, den, power, weight, offset in stage["measures"]:
+        ratio = _reduced(num, known)
+        if den is not None:
+            below = _reduced(den, known)
+            ratio = torch.where(below == 0, 0.0, ratio / torch.where(below == 0, 1.0, below))
+        columns[into] = offset + weight * ratio**power
+
+
+def _reduced(reduction: tuple[Any, ...], known: Mapping[str, Any]) -> torch.Tensor:
+    kind, first, second, rank = reduction
+    a = _operand(first, known)
+    if kind == "sum":
+        return a.sum(1)
+    if kind == "std":
+        return a.std(1)
+    if kind == "quantile":
+        return torch.quantile(a.abs(), rank, dim=1)
+    b = a if second is None else _operand(second, known)
+    dot = (a * b).sum(1)
+    return dot.sqrt() if kind == "norm" else dot
+
+
+def _operand(operand: tuple[Any, ...], known: Mapping[str, Any]) -> torch.Tensor:
+    """What a reduction reads, float64 [B, n]."""
+    value = known[operand[0]]
+    value = value if len(operand) == 1 else value[operand[1]]
+    return value.double().flatten(1)
 
 
 def _seeds(seed: Any, batch: int, device: torch.device) -> torch.Tensor:

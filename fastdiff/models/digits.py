@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small class-conditional diffusion transformer for 8x8 digits, its classifier and their data.
 
-The network is a real, trained one that evaluates in milliseconds on a CPU core: enough to see a
-sampler's quality, guidance and gradients without a download. It is a toy in every other respect;
+The network is trained, and evaluates in milliseconds on a CPU core: enough to see a sampler's
+quality, guidance and gradients without a download. It is a toy in every other respect;
 `docs/model-card-digits.md` says what it was trained on, how well it does and what it is not for.
 
 Images are [1, 8, 8] in [-1, 1] (ink is +1). The weights stand beside this file as safetensors;

@@ -45,7 +45,7 @@ class ExactModel(abc.ABC):
     def _x0_and_score(
         self, x: Tensor, alpha: Tensor, sigma: Tensor, y: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """E[x0 | x] and grad_x log p(x), float64 [B, D]; x [B, D], alpha and sigma [B, 1]."""
+        """E[x0 | x] and grad_x log p(x), float64 [B, D], of x [B, D], alpha and sigma [B, 1]."""
 
     def x0(self, x: Tensor, alpha: Scale, sigma: Scale, y: Tensor | None = None) -> Tensor:
         """The best x0 prediction, E[x0 | x]."""
@@ -233,7 +233,7 @@ class GaussianMixture(ExactModel):
         return self.means.shape[1:]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n independent draws of x0, float64 [n, D], on the mixture's device (the generator's too).
+        """Draws x0 n times, float64 [n, D], on the mixture's device (the generator's too).
 
         Raises:
             ValueError: n < 0.

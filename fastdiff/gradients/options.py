@@ -1,12 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of samples: with respect to the start, the conditioning and the network's parameters.
-
-All of them hold the activations of one network evaluation at a time. `Discrete` differentiates the
-numbers that the sampler computed: the plan transposed (`fastdiff.transpose`), one evaluation and
-one vector-Jacobian product a stage. `AdjointDEIS` solves the continuous adjoint equations of the
-probability-flow ODE on a grid of its own, by the transposed rows of an exponential integrator: the
-same backward stages, at states of the forward run. Both run on the backend of the forward run.
-"""
+"""How a run is differentiated: the choices behind `gradient=`, and the tensors of `params=`."""
 
 from __future__ import annotations
 
@@ -16,28 +9,29 @@ from typing import Any
 
 import torch
 
-from .schedules import Schedule
+from ..schedules import Schedule
 
 THRESHOLDS = ("exact", "straight-through")
-_BOUND = 4  # backward tables that a sampler keeps bound
 
 
 @dataclass(frozen=True)
 class Discrete:
     """The exact gradient of what the sampler computed. `gradient="discrete"` is `Discrete()`.
 
-    Args:
-        checkpoint: None keeps what the network was given at every stage (N states); k keeps the
-            registers at every k-th stage and makes the stages between anew, segment by segment, for
-            one more network evaluation a stage: N/k + k states, least at k = sqrt(N).
-        undo: Keep the end of the run alone and undo its stages one by one beside the backward pass:
-            no state is stored, at no further evaluation. For plans that can be undone: the solver
-            "rex-1". The states, and so the gradient, carry the rounding errors of going back.
-        threshold: Gradient of dynamic thresholding: "exact", the quantile's own dependence
-            included, or "straight-through", as if x0 were left alone. A clip has the gradient that
-            autograd gives it: none where it acts.
+    It agrees with backpropagation through the loop to rounding (float64: 1e-10 relative).
 
-    Agrees with backpropagation through the loop to rounding (float64: 1e-10 relative).
+    Args:
+        checkpoint: None keeps what the network was given at every stage (N states). An integer k
+            keeps the registers at every k-th stage and runs the stages between once more, segment
+            by segment: N/k + k states, least at k = sqrt(N), for one more network evaluation a
+            stage.
+        undo: True keeps the end of the run alone and undoes its stages one by one beside the
+            backward pass: no state is stored, at no further evaluation. It serves plans that can be
+            undone (the solver "rex-1"). The states, and so the gradient, carry the rounding errors
+            of going back.
+        threshold: The gradient of dynamic thresholding. "exact" includes how the quantile itself
+            depends on x0; "straight-through" passes as if x0 were left alone. A clip has the
+            gradient that autograd gives it: none where it acts.
     """
 
     checkpoint: int | None = None
@@ -71,21 +65,25 @@ class AdjointDEIS:
     asymptotically), and for the plan's own grid and rows they are `Discrete`'s.
 
     For a stochastic plan the adjoint is that of its SDE along the noise that was drawn (the
-    network's term doubled), in x0 form on the plan's own times; strong order 1 whatever `order`.
+    network's term doubled), in x0 form on the plan's own times. Its strong order is 1 whatever
+    `order` is.
+
+    States are found by their time, so the times of the plan have to decrease throughout.
 
     Args:
         order: 1, 2 or 3. Below about 12 steps 2 is the safer choice.
-        form: What N is: "epsilon" or "x0" (needed where alpha = 0 at the start, and the default
-            for stochastic plans); None: "epsilon" where it is defined.
+        form: What N is: "epsilon", or "x0" (needed where alpha = 0 at the start, and the default
+            for stochastic plans). None stands for "epsilon" where it is defined.
         steps: Intervals of the adjoint's own grid; None: as many as the plan's.
-        grid: Its name or times; None: "logsnr" where lambda is finite at both ends, else the
-            plan's times.
+        grid: Its name or times. None stands for "logsnr" where lambda is finite at both ends, and
+            for the plan's times elsewhere.
         states: "recorded" keeps the states of the forward run and interpolates between them (four
-            points, in the angle atan2(sigma, alpha)); "resolve" keeps the sample alone and solves
+            points, in the angle atan2(sigma, alpha)). "resolve" keeps the sample alone and solves
             the flow back from it along with the adjoint, for one more evaluation.
-        published: The explicit forms of the paper (AdjointDEIS-1, -2M), whose Jacobian is taken at
-            the cleaner end: for comparison. They lose their accuracy at few steps.
-        schedule: The plan's; None: the one that the plan was made for in this process.
+        published: True takes the explicit forms of the paper (AdjointDEIS-1, -2M), whose Jacobian
+            is taken at the cleaner end, for comparison. They lose their accuracy at few steps.
+        schedule: The plan's schedule; None: the one that the plan knows. One that contradicts the
+            plan is refused.
 
     Source: Blasingame & Liu, "AdjointDEIS", arXiv:2405.15020: equations (2.14), (2.15) and
     Algorithm 1 for `published`; the rest is derived in docs/gradients.md.
@@ -115,8 +113,15 @@ class AdjointDEIS:
         if self.grid is not None and not isinstance(self.grid, str):
             object.__setattr__(self, "grid", tuple(float(t) for t in self.grid))
         steps = self.steps
-        if steps is not None and (not isinstance(steps, int) or steps < 1):
+        if steps is not None and (
+            not isinstance(steps, int) or isinstance(steps, bool) or steps < 1
+        ):
             raise ValueError(f"AdjointDEIS: steps is None or an integer from 1 on; got {steps!r}.")
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                "AdjointDEIS: schedule is one of fastdiff.schedules, or None; got "
+                f"{self.schedule!r}."
+            )
 
 
 Gradient = Discrete | AdjointDEIS
@@ -161,14 +166,3 @@ def parameters_of(network: Any, params: Any) -> tuple[torch.Tensor, ...]:
             named += given
     unique = {id(tensor): tensor for tensor in named if tensor.requires_grad}
     return tuple(unique.values())
-
-
-class Pools:
-    def __init__(self, forward):
-        self.forward = forward
-
-    def clear(self): ...
-
-
-def differentiable(*a):
-    raise NotImplementedError
