@@ -169,7 +169,7 @@ class Batcher:
             self._next = torch.zeros_like(self._stage_index)
             self._t = torch.zeros((branches, batch), dtype=told, device=device)
             self._registers, self._branches = registers, branches
-            self._run = serving.bind(registers, torch.cat(tables), layout, self._stage_index)
+            self._run = serving.bind(registers, torch.cat(tables), layout, self._stage_index).run
 
     # -- requests --------------------------------------------------------------------------------
 

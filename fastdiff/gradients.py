@@ -280,7 +280,7 @@ class Trace:
                     out = out.detach()
                 unseen = False
             try:
-                run.stage(i * run.stride, out, None)
+                run.stage.run(i * run.stride, out, None)
             except (TypeError, ValueError, AttributeError) as error:
                 raise self.sampler._bad_output(i, out, run.inputs[i], error) from None
 
@@ -555,7 +555,7 @@ class _Sweep:
                     m=x.new_empty((branches * x.shape[0], *x.shape[1:])),
                 )
                 serving = backends.choose(sampler._backend, x.dtype, x.dtype, x.device)
-                found = registers, serving.bind(registers, *table(branches))
+                found = registers, serving.bind(registers, *table(branches)).run
             sampler._backward[key] = found
             while len(sampler._backward) > _BOUND:
                 sampler._backward.popitem(last=False)
@@ -635,7 +635,7 @@ class _Undone:
         table = torch.from_numpy(encode(rows, layout))
         self._registers = Registers(x=x.clone(), e=e.clone())
         serving = backends.choose(trace.sampler._backend, x.dtype, x.dtype, x.device)
-        self._run = serving.bind(self._registers, table, layout)
+        self._run = serving.bind(self._registers, table, layout).run
         self._dtype = trace.sampler._kind(trace.start)[1]
 
     def at(self, i: int) -> _Input:

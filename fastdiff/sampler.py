@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from . import backends, noise, reference
-from .backends.base import Registers, RunStage
+from .backends.base import BoundStage, Registers
 from .backends.torch import threshold
 from .gradients import (
     AdjointDEIS,
@@ -64,7 +64,7 @@ class _Run:
     times: torch.Tensor  # [S, copies * B], what the network is told
     inputs: list[torch.Tensor]  # what the network is given at each stage
     told: list[torch.Tensor]  # times, a view a stage
-    stage: RunStage
+    stage: BoundStage
     stride: int  # rows of the table a stage takes
     plan: Plan | None  # whose numbers stand in table and times
     guidance: CFG | None
@@ -302,7 +302,7 @@ class Sampler:
         keywords: Mapping[str, Any],
     ) -> None:
         """The loop where every stage evaluates."""
-        network, stage, stride = self._network, run.stage, run.stride
+        network, stage, stride = self._network, run.stage.run, run.stride
         inputs, times = run.inputs, run.told
         for i in steps:
             output = network(inputs[i], times[i], *arguments, **keywords)
@@ -340,7 +340,7 @@ class Sampler:
                     callback(i, stage.t, *self._seen(run, i, output))
             drawn = xi[i].contiguous() if xi is not None and (stage.c or stage.c_e) else None
             try:
-                run.stage(i * run.stride, output, drawn)
+                run.stage.run(i * run.stride, output, drawn)
             except (TypeError, ValueError, AttributeError) as error:
                 raise self._bad_output(i, output, run.inputs[i], error) from None
 
@@ -494,7 +494,6 @@ class Sampler:
         into registers with some room."""
         plan, batch = self._plan, shape[0]
         state, network, branches, per_sample = kind
-        backend = backends.choose(self._backend, state, network, device)
         layout, slots, rows = replace(plan.layout, branches=branches), plan.slots, len(plan.stages)
         uses_e = plan.uses_e
         scaled = any(stage.c_in != 1.0 for stage in plan.stages)
@@ -502,6 +501,7 @@ class Sampler:
             layout = replace(layout, terms=max(layout.terms, _TERMS))
             slots, uses_e, scaled = max(slots, _TERMS), True, True
             rows = max(_ROWS, 1 << (rows - 1).bit_length())
+        backend = backends.choose(self._backend, state, network, device, layout)
         like = functools.partial(torch.empty, dtype=state, device=device)
         with torch.inference_mode(False):  # buffers outlive the caller's mode
             state_x = like(shape)
@@ -546,9 +546,7 @@ class Sampler:
         batch = run.registers.x.shape[0]
         run.plan = None  # while the table is neither
         write_table(run.table, self._plan, self._guidance, batch, run.layout)
-        refresh = getattr(run.stage, "refresh", None)  # where the table lies on a device
-        if refresh is not None:
-            refresh(run.table)
+        run.stage.refresh(run.table)
         _write_times(run.times, self._plan)
         run.plan, run.guidance = self._plan, self._guidance
 
@@ -594,7 +592,7 @@ class Sampler:
         if run.clock is not None:
             run.clock.zero_()
         if run.registers.m is not None:
-            run.stage(len(self._plan.stages) * run.stride, None, None)
+            run.stage.run(len(self._plan.stages) * run.stride, None, None)
 
     # -- captured --------------------------------------------------------------------------------
 
@@ -759,7 +757,7 @@ class Sampler:
                 torch.index_select(run.times, 0, clock[:1], out=time)
                 output = self._network(given, time[0], *arguments, **keywords)
             try:
-                run.stage(0, output, None)
+                run.stage.run(0, output, None)
             except (TypeError, ValueError, AttributeError) as error:
                 raise self._bad_output(None, output, given, error) from None
             clock.add_(forward)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # which gathers the names of those below it, is open to the last layer only.
 LAYERS = (
     {"_text", "_native", "kernels"},
-    {"schedules", "grids", "plan", "noise", "transpose"},
+    {"_core", "plans", "schedules", "grids", "plan", "noise", "transpose"},
     {"solvers", "backends"},
     {"sampler", "guidance", "graphs", "gradients", "traced", "batcher", "reference"},
     {""},
@@ -173,7 +173,7 @@ def test_a_name_missing_from_fastdiff_kernels_is_an_ordinary_error():
 PUBLIC = {
     "fastdiff": "AdjointDEIS Batcher CFG Discrete Graph PerStage Plan Sampler Stage backends grids "
     "models noise plan sample schedules solvers",
-    "fastdiff.backends": "Backend Registers RunStage choose get names status",
+    "fastdiff.backends": "Backend BoundStage Registers choose get names status",
     "fastdiff.grids": "build names",
     "fastdiff.models": "DigitsClassifier DigitsDiT EmpiricalDenoiser ExactModel GaussianMixture "
     "digits digits_classifier digits_data",
