@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.cuda import CORE, CUDA, gpu, needs_module
+from support.cuda import CORE, CUDA, WHY_NOT, gpu, needs_module
 from support.rows import (
     DTYPES,
     neutral,

@@ -106,6 +106,7 @@ def _caller(call: Callable[..., bool], x: torch.Tensor, branches: int, keep: obj
     wanted = torch.Size((branches * shape[0], *shape[1:]))
     size = math.prod(shape[1:])
     code_of, threads = CODES.get, torch.get_num_threads
+    tiny = wanted.numel() == 1
     if x.numel() < _core.native.parallel_from:
         threads = _one
 
@@ -123,11 +124,10 @@ def _caller(call: Callable[..., bool], x: torch.Tensor, branches: int, keep: obj
             code = code_of(out.dtype)
             if code is None or out.shape != wanted or not out.is_cpu:
                 raise wrong_output(out, wanted, device)
-            if out.is_neg():
-                out = out.resolve_neg()
-            if out.is_contiguous():
+            if out.is_contiguous() and not tiny:
                 done = call(row, out.data_ptr(), code, size, xi_address, threads())
             else:
+                out = out.resolve_neg()  # a lazily negated view has strides, or one element
                 if not out[0].is_contiguous():
                     out = out.contiguous()
                 done = call(row, out.data_ptr(), code, out.stride(0), xi_address, threads())

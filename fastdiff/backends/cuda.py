@@ -191,7 +191,7 @@ def _caller(
     wanted = torch.Size((branches * shape[0], *shape[1:]))
     size = math.prod(shape[1:])
     code_of, stream_of = CODES.get, _current_stream()
-    watched = rows.watched
+    watched, tiny = rows.watched, wanted.numel() == 1
 
     def run(
         row: int, out: torch.Tensor | None, xi: torch.Tensor | None, _keep: object = keep
@@ -209,10 +209,9 @@ def _caller(
         code = code_of(out.dtype)
         if code is None or out.shape != wanted or out.device != device:
             raise wrong_output(out, wanted, device)
-        if out.is_neg():
-            out = out.resolve_neg()
         stride = size
-        if not out.is_contiguous():
+        if tiny or not out.is_contiguous():
+            out = out.resolve_neg()  # a lazily negated view has strides, or one element
             if not out[:1].is_contiguous():
                 out = out.contiguous()
             stride = out.stride(0)
