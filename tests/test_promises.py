@@ -58,7 +58,7 @@ def test_noise_given_on_the_registers_is_read_before_they_are_written(name):
 @needs_core
 def test_registers_that_overlap_are_refused_on_cpu():
     store = torch.zeros(4, 8)
-    with pytest.raises(ValueError, match="got x and bank. Clone one of them"):
+    with pytest.raises(ValueError, match=r"got x and bank. Clone one of them"):
         bound("cpu", Registers(x=store[:2], bank=store[None, 1:3]), MIXED)
 
 

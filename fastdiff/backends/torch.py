@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,9 +18,7 @@ from .. import noise
 from ..plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_M, WRITES_X, Layout
 from ..plans.layout import PackedMeasure, PackedProduct, PackedReduction, PackedRow, decode
 from .base import Registers
-
-_LANES = 1024  # of a reduction
-Weight = float | Tensor
+from .sums import Weight, combine, lane_sum, quantile_of
 
 
 class TorchBackend:
@@ -116,23 +113,6 @@ def _decoded(packed: bytes, layout: Layout) -> PackedRow:
     return decode(np.frombuffer(packed)[None], layout)[0]
 
 
-def quantile_of(values: Tensor, rank: float) -> Tensor:
-    """The quantile of each sample's magnitudes, float64 [B].
-
-    torch.quantile's "linear" one, at position rank (n - 1) of the n magnitudes, for samples of any
-    size.
-
-    Args:
-        values: [B, ...], floating, with elements.
-        rank: 0 to 1.
-    """
-    ordered = values.abs().reshape(len(values), -1).sort(dim=1).values
-    position = rank * (ordered.shape[1] - 1)
-    at = math.floor(position)
-    low, high = ordered[:, at].double(), ordered[:, math.ceil(position)].double()
-    return low + (position - at) * (high - low)
-
-
 def threshold(h: Tensor, quantile: float, floor: float, ceiling: float = math.inf) -> Tensor:
     """Dynamic thresholding of x0 predictions: h clipped to [-s, s] and divided by s, per sample.
 
@@ -150,15 +130,6 @@ def threshold(h: Tensor, quantile: float, floor: float, ceiling: float = math.in
     s = torch.where(s > floor, s, floor).clamp(max=ceiling)
     s = s.to(h.dtype).reshape(-1, *[1] * (h.ndim - 1))
     return h.clamp(-s, s) / s
-
-
-def combine(like: Tensor, terms: Sequence[tuple[Weight, Tensor]]) -> Tensor:
-    """The sum of weight * tensor in order. A coefficient of 0 never reads its tensor."""
-    total = torch.zeros_like(like)
-    for weight, term in terms:
-        if isinstance(weight, Tensor) or weight != 0.0:
-            total = total + weight * term
-    return total
 
 
 class _Place:
@@ -391,18 +362,3 @@ class _Place:
         else:
             found = self.y(scaled=False) if of == "y" else self._stored(of, at)
         return found.expand_as(self.x)
-
-
-def lane_sum(values: Tensor) -> Tensor:
-    """Sums of float64 [B, n] in the order of every backend.
-
-    Lane l of 1024 adds elements l, l + 1024, ... in order; then the upper half of the lanes is
-    added to the lower, until one is left.
-    """
-    lanes = values.new_zeros(len(values), _LANES)
-    for block in values.split(_LANES, dim=1):
-        lanes[:, : block.shape[1]] += block
-    while lanes.shape[1] > 1:
-        half = lanes.shape[1] // 2
-        lanes = lanes[:, :half] + lanes[:, half:]
-    return lanes[:, 0]
