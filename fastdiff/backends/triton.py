@@ -52,6 +52,8 @@ _FACTS = (
 
 class TritonBackend:
     name = "triton"
+    capturable = True
+    counts_writes = False
 
     def missing(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
@@ -69,7 +71,11 @@ class TritonBackend:
         return None
 
     def supports(
-        self, state: torch.dtype, network: torch.dtype, device: torch.device
+        self,
+        state: torch.dtype,
+        network: torch.dtype,
+        device: torch.device,
+        layout: Layout | None = None,
     ) -> str | None:
         served = "cpu" if interpreting() else "cuda"
         if device.type != served:
@@ -88,6 +94,7 @@ class TritonBackend:
         layout: Layout,
         stage_index: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
+        offset: int = 0,
     ) -> Run:
         """As `Backend.bind`; the result also has `table` and `refresh`.
 
@@ -213,7 +220,7 @@ class Run:
             undrawn, drawn = undrawn | undrawn.any(), drawn | drawn.any()
         self._needs_xi, self._needs_seeds = undrawn.tolist(), drawn.tolist()
 
-    def __call__(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
+    def run(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
         if self._version != _version(self._source):
             self.refresh(self._source)
         if out is not None:

@@ -37,7 +37,8 @@ def run_stages(job: Job, run: Run, call: Call) -> None:
     steps: Iterable[int] = range(len(job.plan.stages))
     if call.progress:
         steps = _bar(steps)
-    alone = job.plain and not (call.watched or job.fresh_inputs or run.counts_writes)
+    special = call.watched or job.fresh_inputs or run.counts_writes or any(run.measures)
+    alone = job.plain and not special
     if not alone or varies(call.cond):
         _observed(job, run, call, steps)
     else:
