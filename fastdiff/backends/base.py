@@ -36,7 +36,10 @@ class Registers:
         history: Slots of earlier h, [slots, B, ...], the state's dtype. May hold anything at first.
         m: The network's next input, [copies * B, ...], the network's dtype: each stage writes
             c_in_next * point once per copy. None where the network is given x or e itself.
-        bank: Read-only input registers, [K, B, ...], the state's dtype; rows name them by number.
+        bank: Read-only input registers, [K, 1 or B, ...], the state's dtype; rows name them by
+            number. With one sample all of B read it.
+        scalars: S, [B, C]: numbers of each sample that measures leave and coefficients are
+            multiplied by. The arithmetic dtype: float32, float64 for a float64 state.
         seeds: One 64-bit seed a sample as int64 bit patterns, [B]; None for plans without noise.
     """
 
@@ -45,6 +48,7 @@ class Registers:
     history: torch.Tensor | None = None
     m: torch.Tensor | None = None
     bank: torch.Tensor | None = None
+    scalars: torch.Tensor | None = None
     seeds: torch.Tensor | None = None
 
 
