@@ -125,7 +125,7 @@ def scaled(c, p_row, COLUMN: tl.constexpr, scalars, SCALED: tl.constexpr):
         p_scalars, i_b, columns = scalars
         column = integer(p_row, COLUMN)
         number = tl.load(p_scalars + i_b * columns + tl.maximum(column, 0))
-        return tl.where((column >= 0) & is_read(c), c * number, c)
+        return tl.where(column >= 0, c * number, c)
     else:
         return c
 

@@ -143,7 +143,7 @@ def assert_same(got: Registers, wanted: Registers, case) -> None:
 @FUSES
 def test_a_row_that_holds_everything_gives_the_bits_of_its_formula(device, state):
     rng = np.random.default_rng(41)
-    for case in range(14 if state == F32 else 4):
+    for case in range(12 if state == F32 else 4):
         # one row, or one for each sample: those of the short ones share a program
         shape, own = [((2, 37), False), ((5, 3), True), ((2, 1), False), ((3, 17), True)][case % 4]
         with_e, shared, given = case % 3 > 0, case % 2 == 1, case % 5 == 4
@@ -168,6 +168,34 @@ def test_a_row_that_holds_everything_gives_the_bits_of_its_formula(device, state
         stage = bound(there, rows, index if index is None else index.to(device), offset, layout)
         stage.run(start, out.flatten(0, 1).to(device), None if xi is None else xi.to(device))
         assert_same(moved(there, "cpu"), wanted, case)
+
+
+@pytest.mark.parametrize("device", HERE)
+@pytest.mark.parametrize("at_e", [0, AT_E], ids=["at x", "at e"])
+@FUSES
+def test_what_nothing_else_reads_is_read(device, at_e):
+    rng = np.random.default_rng(17)
+    writes = EVALUATE + at_e
+    rows = [PackedRow(flags=writes, k=(0.0, 0.0), u=0.5, v=0.0, push=0)]
+    rows.append(PackedRow(flags=writes, k=(0.0, 0.0), push=1))
+    rows[1].products = (PackedProduct("y", 2.0, 3, "point"),)
+    rows.append(PackedRow(flags=writes + WRITES_E, k=(0.0, 0.0), d_new=-1.5))
+    for into, flag in (("x", WRITES_X), ("e", WRITES_E)):
+        for of in ("x", "e", "xi", "point", "slot", "bank", *(["new"] if into == "e" else [])):
+            row = PackedRow(flags=writes + flag, k=(0.0, 0.0), draws=((1, 1.0),))
+            row.products = (PackedProduct(into, 0.7, 2, of, 4 if of in ("slot", "bank") else 0),)
+            rows.append(row)
+    layout = dataclasses.replace(layout_of(rows), branches=2)
+    for i, row in enumerate(rows):
+        registers = room(rng, (1, 6), F32, with_e=True, shared=True)
+        out = random_output(rng, (1, 6), layout, F32).reshape(2, 1, 6)
+        sample = Sample(registers, 0, row, out)
+        sample.update()
+        poison(registers, out, [sample])
+        wanted = expect(registers, [sample])
+        there = moved(registers, device)
+        bound(there, rows, layout=layout).run(i, out.flatten(0, 1).to(device), None)
+        assert_same(moved(there, "cpu"), wanted, row)
 
 
 @pytest.mark.parametrize("device", HERE)

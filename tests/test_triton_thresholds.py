@@ -63,7 +63,7 @@ LEVELS = [(1e-7, 1e-3), (0.5, 2.0), (0.9, 1e-3), (0.995, 1.0), (1.0, 1e-3)]
 @pytest.mark.parametrize("device", HERE)
 @pytest.mark.parametrize(
     ("state", "size"),
-    [*((F32, n) for n in (1, 2, 3, 31, 255, 1025, 4096, 5000)), *((F64, n) for n in (1, 31, 2049))],
+    [*((F32, n) for n in (1, 2, 31, 1025, 4096, 5000)), *((F64, n) for n in (31, 2049))],
     ids=lambda v: str(v).removeprefix("torch."),
 )
 @CORE
