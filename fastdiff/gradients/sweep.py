@@ -19,6 +19,7 @@ from ..conditioning import PerStage, at_stage, leaves_of, rebuild, staged_in, te
 from ..guidance import combine
 from ..plans import Transposed
 from .hooks import muted
+from .named import check_named
 from .options import Discrete
 from .pools import Table
 from .trace import Input, Trace, evaluated, written_backward
@@ -159,6 +160,8 @@ class Sweep:
             out = evaluated(trace.job, (shown, time, cond), written_backward)
         vector = cotangent(out.detach())
         own = [tensor for _, tensor, _ in leaves]
+        if not isinstance(trace.job.network, torch.nn.Module):  # its tensors may change with t
+            check_named(out, (leaf, *own, *trace.named))
         inputs = ([leaf] if needs_x else []) + own
         if not inputs or not out.requires_grad:
             return torch.zeros_like(given) if needs_x else None
