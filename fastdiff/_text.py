@@ -4,7 +4,20 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+
+_LONGEST_INTEGER = 1024  # bits; float64 holds no larger one
+
+
+def shown(value: object) -> str:
+    """repr(value) for a message; an integer beyond float64 is described instead of printed."""
+    if isinstance(value, int) and value.bit_length() > _LONGEST_INTEGER:
+        return f"an integer of about {round(value.bit_length() * math.log10(2.0))} digits"
+    try:
+        return repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a {type(value).__name__} with an integer too long to print"
 
 
 def unknown(who: str, kind: str, got: object, names: Iterable[str]) -> ValueError:
@@ -20,6 +33,7 @@ def unknown(who: str, kind: str, got: object, names: Iterable[str]) -> ValueErro
         The exception to raise.
     """
     known = sorted(names)
-    near = difflib.get_close_matches(str(got), known, n=3, cutoff=0.5)
+    word = got if isinstance(got, str) else shown(got)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return ValueError(f"{who}: unknown {kind} {got!r}. {hint}There are: {', '.join(known)}.")
+    return ValueError(f"{who}: unknown {kind} {shown(got)}. {hint}There are: {', '.join(known)}.")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ._text import unknown
+from ._text import shown, unknown
 from .schedules import Array, Schedule
-from .schedules.base import real, shown
+from .schedules.base import real
 
 __all__ = ["build", "names"]
 
@@ -30,12 +30,12 @@ MAX_STEPS = 1_000_000  # a table of so many rows is still made in minutes
 
 
 def uniform(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Uniform in t."""
+    """Times uniform in t."""
     return np.linspace(t_max, t_min, steps + 1)
 
 
 def power(schedule: Schedule, steps: int, t_max: float, t_min: float, kappa: float = 2.0) -> Array:
-    """Uniform in t^(1/kappa): dense near the data for kappa > 1.
+    """Times uniform in t^(1/kappa): dense near the data for kappa > 1.
 
     Source: Zhang & Chen, "DEIS", arXiv:2204.13902, section 4.
     """
@@ -44,12 +44,12 @@ def power(schedule: Schedule, steps: int, t_max: float, t_min: float, kappa: flo
 
 
 def quadratic(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Uniform in sqrt(t): power(2)."""
+    """Times uniform in sqrt(t): power(2)."""
     return power(schedule, steps, t_max, t_min, 2.0)
 
 
 def logsnr(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Uniform in lambda.
+    """Times uniform in lambda.
 
     Source: Lu et al., "DPM-Solver", arXiv:2206.00927, section 3.3.
     """
@@ -61,7 +61,7 @@ def logsnr(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
 
 
 def karras(schedule: Schedule, steps: int, t_max: float, t_min: float, rho: float = 7.0) -> Array:
-    """Uniform in (sigma/alpha)^(1/rho).
+    """Times uniform in (sigma/alpha)^(1/rho).
 
     Source: Karras et al., "Elucidating the Design Space", arXiv:2206.00364, eq. 5.
     """
@@ -75,12 +75,12 @@ def karras(schedule: Schedule, steps: int, t_max: float, t_min: float, rho: floa
 
 
 def exponential(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Uniform in log(sigma/alpha): k-diffusion's name for "logsnr"."""
+    """Times uniform in log(sigma/alpha): k-diffusion's name for "logsnr"."""
     return logsnr(schedule, steps, t_max, t_min)
 
 
 def shift(schedule: Schedule, steps: int, t_max: float, t_min: float, shift: float = 3.0) -> Array:
-    """Uniform s moved by the resolution shift t = shift s / (1 + (shift - 1) s), applied once.
+    """Times t = shift s / (1 + (shift - 1) s) of a uniform s: the resolution shift, applied once.
 
     The shift goes over the whole grid from t_max to t_min, which themselves are not shifted twice:
     s runs between their preimages.
@@ -99,7 +99,7 @@ def shift(schedule: Schedule, steps: int, t_max: float, t_min: float, shift: flo
 
 
 def linspace(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Indices round(linspace(0, N - 1, steps)), then t_min.
+    """Times of the indices round(linspace(0, N - 1, steps)), then t_min.
 
     The evaluation times of diffusers 0.42.1 DDIMScheduler with timestep_spacing="linspace".
     """
@@ -110,7 +110,7 @@ def linspace(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Arra
 def leading(
     schedule: Schedule, steps: int, t_max: float, t_min: float, offset: float = 0.0
 ) -> Array:
-    """Indices i (N // steps) + offset, then t_min.
+    """Times of the indices i (N // steps) + offset, then t_min.
 
     The evaluation times of diffusers 0.42.1 DDIMScheduler and EulerDiscreteScheduler with
     timestep_spacing="leading"; Stable Diffusion's `steps_offset` is `offset = 1`. The multistep
@@ -121,7 +121,7 @@ def leading(
 
 
 def trailing(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Array:
-    """Indices round(N - i N/steps) - 1, then t_min: diffusers' timestep_spacing="trailing".
+    """Times of the indices round(N - i N/steps) - 1, then t_min: diffusers' "trailing".
 
     Source: Lin et al., "Common Diffusion Noise Schedules and Sample Steps are Flawed",
     arXiv:2305.08891, section 3.3.

@@ -23,7 +23,7 @@ from .engine.call import (
     check_state,
     check_untransformed,
 )
-from .engine.job import Job
+from .engine.job import Job, job_of
 from .engine.leases import Leases
 from .engine.loops import Written, run_stages
 from .gradients import (
@@ -322,30 +322,6 @@ class Sampler:
                 " Detach it, sample under torch.no_grad(), or choose a gradient: 'discrete', "
                 "fastdiff.AdjointDEIS() or 'backprop'."
             )
-
-
-def job_of(
-    network: Network,
-    plan: Any,
-    guidance: Any,
-    backend: str | None,
-    dtype: torch.dtype | None,
-    fresh_inputs: bool,
-) -> Job:
-    """A job of checked parts.
-
-    Raises:
-        TypeError: The plan is no plan, or the guidance no guidance.
-        ValueError: The network says that it predicts something else than the plan was made for.
-    """
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"sample: plan is a fastdiff.Plan; got {type(plan).__name__}. Make one with "
-            "fastdiff.plan(schedule, solver, steps)."
-        )
-    if guidance is not None and not isinstance(guidance, Guidance):
-        raise TypeError(f"sample: guidance is a fastdiff.CFG or None; got {guidance!r}.")
-    return Job(network, plan, guidance or UNGUIDED, backend, dtype, fresh_inputs)
 
 
 def sample(

@@ -77,9 +77,9 @@ def check_call(call: Call, plan: Plan) -> None:
     if call.check and not bool(torch.isfinite(x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
     conditioning.check(call.cond, call.batch, len(plan.stages))
-    if isinstance(call.extras, torch.Tensor) or not isinstance(call.extras, Sequence):
+    if not isinstance(call.extras, list | tuple):
         raise TypeError(
-            "sample: extras is a sequence of tensors, one an entry; got "
+            "sample: extras is a list or tuple of tensors, one an entry; got "
             f"{type(call.extras).__name__}. For one entry give extras=(tensor,)."
         )
     if len(call.extras) != plan.extras:
@@ -119,7 +119,7 @@ def check_untransformed(
         gradient: The sampler's; "backprop" is plain tensor operations, which all of them see.
         parameters: Gives those of the network, where they have to be looked at.
     """
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "sample: torch.jit.trace records tensor operations, and a run is none: the trace would "
             "return its example. Use torch.compile or torch.export, or trace the network alone."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..guidance import Guidance
+from ..guidance import UNGUIDED, Guidance
 from ..plans import Plan
 from ..schedules import prediction_name
 from .run import Kind, Spec, spec_of
@@ -76,6 +76,30 @@ class Job:
                 self._specs.clear()
             found = self._specs[key] = replace(spec, offset=offset)
         return found
+
+
+def job_of(
+    network: Any,
+    plan: Any,
+    guidance: Any,
+    backend: str | None,
+    dtype: torch.dtype | None,
+    fresh_inputs: bool,
+) -> Job:
+    """A job of checked parts.
+
+    Raises:
+        TypeError: The plan is no plan, or the guidance no guidance.
+        ValueError: The network says that it predicts something else than the plan was made for.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"sample: plan is a fastdiff.Plan; got {type(plan).__name__}. Make one with "
+            "fastdiff.plan(schedule, solver, steps)."
+        )
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise TypeError(f"sample: guidance is a fastdiff.CFG or None; got {guidance!r}.")
+    return Job(network, plan, guidance or UNGUIDED, backend, dtype, fresh_inputs)
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:

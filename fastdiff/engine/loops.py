@@ -131,7 +131,7 @@ def _x0(job: Job, i: int, point: torch.Tensor, output: torch.Tensor) -> torch.Te
     stage, guidance = job.plan.stages[i], job.guidance
     outputs = output.to(point.dtype).view(guidance.branches, *point.shape)
     weights = guidance.combined_weights(i, point)
-    x0 = stage.x0_p * point + stage.x0_q * combine(weights, outputs)
+    x0 = stage.x0_p * point + stage.x0_q * combine(weights, outputs.unbind())
     if stage.clip is not None:
         return x0.clamp(*stage.clip)
     return x0 if stage.threshold is None else threshold(x0, *stage.threshold)

@@ -18,7 +18,7 @@ from .layout import (
 from .plan import Plan
 from .stage import LEAST_FLOOR, Stage
 from .terms import Measure, Product, Reduction
-from .transpose import Transposed, alternates, transpose
+from .transposed import Transposed, alternates, transpose
 
 __all__ = [
     "AT_E",

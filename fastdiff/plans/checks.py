@@ -42,7 +42,7 @@ def number(who: str, name: str, value: Any) -> float:
         TypeError: It is no number.
         ValueError: It is an integer beyond float64.
     """
-    if not is_number(value):
+    if type(value) is not float and not is_number(value):
         raise TypeError(f"{who}: {name} is a float; got {shown(value)}.")
     try:
         # one NaN and one zero, so that equal rows pack to equal bytes
@@ -63,9 +63,19 @@ def finite(who: str, name: str, value: Any, where: str = "") -> float:
 
 def floats(who: str, name: str, values: Any) -> tuple[float, ...]:
     """A sequence of float64; NaN and infinities pass."""
-    if not isinstance(values, list | tuple | np.ndarray) or not all(map(is_number, values)):
+    plain = isinstance(values, list | tuple) and all(type(value) is float for value in values)
+    known = plain or (isinstance(values, list | tuple | np.ndarray) and all(map(is_number, values)))
+    if not known:
         raise TypeError(f"{who}: {name} is a sequence of floats; got {shown(values)}.")
-    return tuple(number(who, f"{name}[{i}]", value) for i, value in enumerate(values))
+    try:
+        found = tuple(float(value) + 0.0 for value in values)
+    except OverflowError:
+        found = tuple(number(who, f"{name}[{i}]", value) for i, value in enumerate(values))
+    return found if not any(map(math.isnan, found)) else tuple(map(_one_nan, found))
+
+
+def _one_nan(value: float) -> float:
+    return math.nan if math.isnan(value) else value
 
 
 def index(who: str, name: str, value: Any, least: int = 0, most: int = LARGEST_INDEX - 1) -> int:

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler as data: the immutable table of stages that every backend runs."""
+"""A sampler as data: the immutable table of stages that every backend runs.
+
+A `Plan` is a value: it is checked when it is built, compares by its fields, and knows the schedule
+that it was made for. Slots, packed rows, printing, files and the transposed table are worked out of
+its stages by the modules beside this one, none of which knows a Plan.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +30,7 @@ from .pack import pack
 from .stage import Stage, evaluated_at_e
 from .terms import Measure
 from .text import show
-from .transpose import Transposed, transpose
+from .transposed import Transposed, transpose
 
 _FIELDS = ("stages", "times", "solver", "prediction", "variable", "schedule", "prior_scale")
 
@@ -266,7 +271,12 @@ class Plan:
     @functools.cached_property
     def layout(self) -> Layout:
         """Columns of `table`."""
-        return layout_of(self.rows())
+        return layout_of(self._rows)
+
+    @functools.cached_property
+    def _rows(self) -> list[PackedRow]:
+        """The rows of `table`."""
+        return self.rows()
 
     @functools.cached_property
     def table(self) -> NDArray[np.float64]:
@@ -284,7 +294,7 @@ class Plan:
         Returns:
             float64 [len(stages), width] in the columns of `layout` with G branches.
         """
-        rows = self.rows(weights)
+        rows = self._rows if weights is None else self.rows(weights)
         return encode(rows, dataclasses.replace(self.layout, branches=len(rows[0].k)))
 
     def rows(self, weights: Sequence[float] | None = None) -> list[PackedRow]:
@@ -302,7 +312,7 @@ class Plan:
         return pack(self.stages, self._allocation, weights)
 
     def transpose(self) -> Transposed:
-        """The table of the backward pass; see `fastdiff.plans.transpose`."""
+        """The table of the backward pass; see `fastdiff.plans.transposed`."""
         return self._transposed
 
     @functools.cached_property

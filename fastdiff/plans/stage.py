@@ -32,7 +32,7 @@ from typing import Any
 
 from .checks import LARGEST_INDEX, finite, floats, index, is_number, number, shown
 from .layout import MAX_PRODUCTS
-from .terms import MOST_SCALARS, Measure, Product
+from .terms import MOST_BRANCHES, MOST_SCALARS, Measure, Product
 
 LEAST_FLOOR = 2.0**-126  # the least normal float32: a floor is not 0 in any state
 MOST_FLOOR = (2.0 - 2.0**-23) * 2.0**127  # the largest float32: a floor is not infinite in any
@@ -111,12 +111,13 @@ class Stage:
         for name in _NUMBERS:
             value = number("Stage", name, getattr(self, name))
             put(name, value)
-            if not (name in ("x0_p", "x0_q") and math.isnan(value)):
+            if not (math.isfinite(value) or (name in ("x0_p", "x0_q") and math.isnan(value))):
                 finite("Stage", name, value, where)
         for name in ("b", "r", "g", "s"):
             values = floats("Stage", name, getattr(self, name))
-            for i, value in enumerate(values):
-                finite("Stage", f"{name}[{i}]", value, where)
+            if not all(map(math.isfinite, values)):
+                for i, value in enumerate(values):
+                    finite("Stage", f"{name}[{i}]", value, where)
             count = len(values)
             while count and values[count - 1] == 0.0:
                 count -= 1
@@ -140,6 +141,10 @@ class Stage:
             self._check_no_output()
         if not self.noise:
             self._check_no_noise()
+
+    def __reduce__(self) -> Any:
+        # Made anew where it is unpickled, a stage holds that process's NaN and compares equal.
+        return Stage, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def _checked_threshold(self) -> Threshold:
         given = floats("Stage", "threshold", self.threshold)
@@ -310,8 +315,8 @@ def _scalars(given: Any) -> tuple[tuple[str, int], ...]:
     found: dict[str, int] = {}
     for name, column in pairs:
         branch = name[2:] if name.startswith("w_") else ""
-        canonical = branch.isascii() and branch.isdigit() and str(int(branch[:4])) == branch
-        if name not in SCALED and not (canonical and int(branch) < 1000):
+        known = branch.isascii() and branch.isdigit() and str(int(branch[:4])) == branch
+        if name not in SCALED and not (known and int(branch) < MOST_BRANCHES):
             raise ValueError(
                 f"Stage: a scalar multiplies {', '.join(SCALED)} or a branch weight w_0, w_1, ...; "
                 f"got {shown(name)}."

@@ -11,12 +11,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from .checks import finite, index, shown
+from .checks import LARGEST_INDEX, finite, index, shown
 from .layout import INTO, REDUCTIONS
 
 Operand = tuple[str] | tuple[str, int]
 
 MOST_SCALARS = 4096  # columns of S: it is allocated for every sample
+MOST_BRANCHES = 1000  # of a guidance: a row has columns for each
 
 # What a product may multiply, by the sum that it is added to.
 FACTORS = {
@@ -139,7 +140,8 @@ def _operand(name: str, given: Any) -> Operand:
         raise ValueError(f"Reduction: {told}; got {name} = {shown(given)}.")
     if len(given) == 1:
         return (kind,)
-    return kind, index("Reduction", f"{name}[1]", given[1], least=int(kind == "history"))
+    most = MOST_BRANCHES - 1 if kind == "out" else LARGEST_INDEX - 1
+    return kind, index("Reduction", f"{name}[1]", given[1], int(kind == "history"), most)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .._text import unknown
+from .._text import shown, unknown
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,6 @@ _ALIASES = {
     "v_prediction": "v",
     "flow_prediction": "velocity",
 }
-_LONGEST_INTEGER = 1024  # bits; float64 holds no larger one
 
 
 def prediction_name(prediction: str) -> str:
@@ -46,13 +45,6 @@ def prediction_name(prediction: str) -> str:
 
 
 # -- numbers that users give -----------------------------------------------------------------------
-
-
-def shown(value: Any) -> str:
-    """repr(value) for a message; an integer beyond float64 is described instead of printed."""
-    if isinstance(value, int) and value.bit_length() > _LONGEST_INTEGER:
-        return f"an integer of about {round(value.bit_length() * math.log10(2.0))} digits"
-    return repr(value)
 
 
 def real(who: str, name: str, value: Any) -> float:

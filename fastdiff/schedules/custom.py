@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._text import shown
 from .base import (
     Array,
     FromScales,
@@ -21,7 +22,6 @@ from .base import (
     positive,
     real,
     scale_of_unit_data,
-    shown,
 )
 
 Scale = Callable[[Array], ArrayLike]

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .base import Array, Traits, as_array, positive, shown
+from .._text import shown
+from .base import Array, Traits, as_array, positive
 from .vp import UNIT_TIME, FromLogAlpha
 
 MAX_TRAINING_STEPS = 1_000_000

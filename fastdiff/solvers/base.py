@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import grids
+from .._text import shown
 from ..plans import LEAST_FLOOR, Plan
 from ..schedules import Array, Schedule, prediction_name
-from ..schedules.base import real, shown
+from ..schedules.base import real
 from .rows import Rows
 
 
@@ -28,7 +29,7 @@ class Solver(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """Name for people and errors; the registry's where the solver is registered."""
+        """Name in plans and errors; the registry's where the solver is registered."""
 
     @abc.abstractmethod
     def variable(self, schedule: Schedule, times: Array) -> str:
@@ -90,8 +91,8 @@ class X0Limits(Solver):
         clip: Bound or (lo, hi): x0 is clipped to [lo, hi].
         threshold: Quantile or (quantile, floor), the floor 1 by default: dynamic thresholding. Each
             sample's x0 is clipped to [-s, s] and divided by s = max(quantile of its |x0|, floor),
-            which keeps it in [-1, 1] without saturating under strong guidance. For pixels; Imagen
-            takes 0.995. diffusers names the two `dynamic_thresholding_ratio` and
+            which keeps it in [-1, 1] without saturating under strong guidance. It is meant for
+            pixels; Imagen takes 0.995. diffusers names the two `dynamic_thresholding_ratio` and
             `sample_max_value`, and clamps s to [1, sample_max_value]: with its default of 1 that
             is clip=1, whatever the ratio. Here s has a floor and no ceiling, as in the paper.
 

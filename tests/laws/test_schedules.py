@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.solvers import redefined
 
 from fastdiff import schedules
 from fastdiff.schedules import (
@@ -207,3 +208,18 @@ def test_a_discrete_schedule_takes_a_tensor():
 def test_custom_schedules_take_functions_of_arrays():
     with pytest.raises(TypeError, match=r"np\.cos, not math\.cos"):
         Custom(math.cos, math.sin)
+
+
+@ALL
+def test_what_a_class_defines_is_not_defined_again_below_it(schedule):
+    assert redefined(type(schedule)) == set()
+
+
+def test_the_check_finds_what_is_defined_again():
+    class Other(VPLinear):
+        __module__ = "fastdiff.other"
+
+        def alpha(self, t):
+            return t
+
+    assert redefined(Other) == {"alpha"}

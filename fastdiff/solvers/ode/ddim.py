@@ -26,9 +26,9 @@ class DDIM(X0Limits):
 
     Args:
         eta: Share of fresh noise, in [0, 1].
-        form: Variable of the rows: "epsilon", "x0", or "auto": epsilon unless x0 is limited
-            or alpha = 0 at the start. The forms agree to rounding.
-        clip, threshold: Of x0, as in `X0Limits`; epsilon is then recomputed from the limited x0.
+        form: Variable of the rows: "epsilon", "x0", or "auto", which is epsilon unless x0 is
+            limited or alpha = 0 at the start. The forms agree to rounding.
+        clip, threshold: What limits x0, as in `X0Limits`; epsilon follows from the limited x0.
 
     Source: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, eqs. 12 and 16.
     """

@@ -17,9 +17,9 @@ from ..rows import Row, Rows
 from .dpm_singlestep import DPM, DPMPP, FORMS, family, singlestep
 from .multistep import fixed_options
 
-# Above which sum |b| / |sum b|, by form and order, a step among the last is better lowered:
-# measured on two problems, four grids, 4 to 40 steps (docs/choosing.md). An even grid has 2 at
-# order 2 and 3 to 4 at order 3; uniform t ends with 5 and 50.
+# A step among the last is better lowered where sum |b| / |sum b| is above these, by form and
+# order: measured on two problems, four grids, 4 to 40 steps (docs/choosing.md). An even grid has 2
+# at order 2 and 3 to 4 at order 3; uniform t ends with 5 and 50.
 SHORT_STEP = 0.25  # in lambda: a shorter step extrapolates safely
 AMPLIFICATION = {
     "epsilon": {1: math.inf, 2: 3.75, 3: 5.0},
@@ -55,8 +55,8 @@ class DPMSolverMultistep(X0Limits):
             authors' rule: all of them if steps < 10.
         warmup: "lower" (orders 1, 2, ..; no extra evaluations) or "runge-kutta" (the first
             order - 1 steps by the singlestep method of the same order).
-        published: See above.
-        clip, threshold: Of x0, as in `X0Limits`; form "x0" only.
+        published: True takes the published third-order rule (see above).
+        clip, threshold: What limits x0, as in `X0Limits`; for form "x0" alone.
 
     Source: Lu et al., "DPM-Solver", arXiv:2206.00927; "DPM-Solver++", arXiv:2211.01095,
     Algorithm 2; code LuChengTHU/dpm-solver 52bc3fb.

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ... import grids
+from ..._text import shown
 from ...schedules import Array, Schedule
-from ...schedules.base import shown
 from ..base import X0Limits, choice
 from ..entry import Info
 from ..exponential import adams, moments, transfer
@@ -124,7 +124,7 @@ class DPMSolverSinglestep(X0Limits):
             outer times are always taken from a grid of `steps` intervals, an even budget ends with
             two first-order steps at order 2, and the second inner node at order 3 follows
             solver_type ("midpoint" and "heun" there are "dpmsolver" and "taylor" here).
-        clip, threshold: Of x0, as in `X0Limits`; form "x0" only.
+        clip, threshold: What limits x0, as in `X0Limits`; for form "x0" alone.
 
     Source: Lu et al., arXiv:2206.00927, Algorithms 1, 2 and appendix D; arXiv:2211.01095,
     Algorithm 1; code LuChengTHU/dpm-solver 52bc3fb.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Explicit Runge-Kutta: rhoRK on (x/alpha, sigma/alpha), and Euler and Heun as EDM has them."""
+"""Explicit Runge-Kutta: rhoRK on (x/alpha, sigma/alpha), and EDM's Euler and Heun."""
 
 from __future__ import annotations
 

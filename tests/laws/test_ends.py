@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every solver compiles on every grid, and takes the ends of a schedule or says why it cannot."""
+
+import numpy as np
+import pytest
+import torch
+from support.solvers import CASES, DETERMINISTIC, SCHEDULES
+
+import fastdiff as fd
+
+
+@pytest.mark.parametrize(
+    "grid", ["uniform", "quadratic", "power(3)", "logsnr", "karras", "exponential"]
+)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_solver_compiles_on_every_grid(case, grid):
+    for name in ("vp-linear", "sd", "edm"):
+        schedule, prediction = SCHEDULES[name]
+        plan = case.plan(schedule, 7, grid=grid, prediction=prediction)
+        assert plan.steps == 7
+
+
+@pytest.mark.parametrize("rate", [0.7, 1.3, 2.2, 3.0, 4.1, 5.5])
+def test_every_solver_compiles_on_custom_schedules(rate):
+    schedule = fd.schedules.Custom(
+        lambda t: np.exp(-rate * t**2),
+        lambda t: np.sqrt(-np.expm1(-2 * rate * t**2)),
+        t_range=(1e-3, 1.0),
+    )
+    for case in CASES:
+        for grid in ("uniform", "logsnr", "karras"):
+            assert case.plan(schedule, 5, grid=grid, prediction="v").steps == 5
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+@pytest.mark.parametrize("name", ["edm", "vp-linear", "sd"])
+def test_a_grid_may_end_at_the_data(case, name):
+    schedule, _ = SCHEDULES[name]
+    model = fd.models.GaussianMixture([1.0], [[0.3, -0.2]], [[0.04, 0.09]])
+    grid = {"edm": "auto", "vp-linear": "quadratic", "sd": "trailing"}[name]
+    end = {} if grid == "trailing" else {"t_min": 0.0}
+    plan = case.plan(schedule, 250, grid=grid, prediction="x0", **end)
+    assert plan.times[-1] == 0.0
+    x = fd.noise.prior(plan, (16, 2), seeds=0, dtype=torch.float64)
+    out = fd.sample(model.network(schedule, "x0"), x, plan, check=True)
+    # the flow of a Gaussian, from unit scale (or sigma_max) to the data's own
+    mean, spread = torch.tensor([0.3, -0.2]).double(), torch.tensor([0.2, 0.3]).double()
+    start = float(schedule.sigma(plan.times[0]))
+    shift = float(schedule.alpha(plan.times[0]))
+    exact = mean + spread * (x - shift * mean) / torch.sqrt(shift**2 * spread**2 + start**2)
+    assert float((out - exact).abs().max()) < 0.05
+
+
+def test_flow_starts_at_pure_noise_where_it_can():
+    flow = fd.schedules.FlowMatching()
+    for solver in ("ddim", "euler", "heun", "dpmpp-2m", "dpmpp-3m", "dpmpp-2s", "dpmpp-3s"):
+        plan = fd.plan(flow, solver, 6, prediction="velocity")
+        assert plan.times[0] == 1.0
+    for solver in ("deis-3", "dpm-2", "ipndm-4", "deis-rk4"):
+        with pytest.raises(ValueError, match=r"t_max = 0\.999"):
+            fd.plan(flow, solver, 6, prediction="velocity")
