@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import noise
 from ..conditioning import arguments_of, at_stage, tensors_in, varies
 from ..engine.call import Call
 from ..engine.job import Job, state_dtype
@@ -83,6 +84,24 @@ class Trace:
             found = self.job.guidance.combined_weights(i, like.expand(x.shape))
             self._weights[i] = found
         return found
+
+    def entry(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        """An entry of the bank, in the dtype and the shape of a state."""
+        extra: torch.Tensor = self.call.extras[k]
+        return extra.detach().to(like).expand(like.shape)
+
+    def noise(self, i: int) -> torch.Tensor:
+        """The noise that stage i drew."""
+        call = self.call
+        x, shape = call.x, tuple(call.x.shape)
+        total = torch.zeros(shape, dtype=state_dtype(x), device=x.device)
+        like: dict[str, Any] = {"dtype": total.dtype, "device": x.device}
+        if call.offset:
+            like["offset"] = call.offset
+        for stream, weight in self.plan.stages[i].noise:
+            drawn = noise.normal(shape, call.seed, stream, **like)
+            total.add_(drawn, alpha=weight)
+        return total
 
     # -- forward ---------------------------------------------------------------------------------
 
