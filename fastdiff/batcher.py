@@ -68,7 +68,8 @@ class Batcher:
             raise TypeError(f"Batcher: plans are fastdiff.Plan, at least one; got {plans!r}.")
         plans = tuple(plans)
         check_request(network, plans, guidance, dtype)
-        if not isinstance(shape, Sequence):
+        whole = isinstance(shape, Sequence) and all(isinstance(n, int) for n in shape)
+        if not whole:
             raise TypeError(f"Batcher: shape is [B, ...], a sequence of integers; got {shape!r}.")
         shape = torch.Size(shape)
         if len(shape) == 0 or min(shape) < 1:

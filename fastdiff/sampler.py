@@ -19,6 +19,7 @@ from .engine.call import (
     Callback,
     Seeds,
     check_call,
+    check_extras,
     check_out,
     check_state,
     check_untransformed,
@@ -219,6 +220,7 @@ class Sampler:
 
             return traced.sample(job, call, self._gradient, out)
         check_state(x)
+        check_extras(extras)
         if out is not None:
             check_out(out, x)
         self._check_tracking(job, call)

@@ -226,10 +226,10 @@ def test_a_sample_of_nan_is_refused_or_its_own_affair():
     ],
 )
 def test_the_command_line_refuses_in_one_line(options, tmp_path, monkeypatch):
-    from fastdiff.cli import main
+    from fastdiff.cli.app import commands
 
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["sample", "--count", "2", "--no-progress", *options])
+    done = CliRunner().invoke(commands, ["sample", "--count", "2", "--no-progress", *options])
     assert done.exit_code != 0
     assert isinstance(done.exception, SystemExit), done.exception
     assert "Traceback" not in done.output

@@ -71,17 +71,20 @@ def check_state(x: Any) -> None:
         raise TypeError(f"sample: x is a dense tensor; got {x.layout}. Use x.to_dense().")
 
 
-def check_call(call: Call, plan: Plan) -> None:
-    """Raises for what a plan cannot take, before anything is run."""
-    x = call.x
-    if call.check and not bool(torch.isfinite(x).all()):
-        raise ValueError("sample: x is finite; got NaN or infinity in it.")
-    conditioning.check(call.cond, call.batch, len(plan.stages))
-    if not isinstance(call.extras, list | tuple):
+def check_extras(extras: Any) -> None:
+    """Raises unless the entries of the bank are given one by one."""
+    if not isinstance(extras, list | tuple):
         raise TypeError(
             "sample: extras is a list or tuple of tensors, one an entry; got "
-            f"{type(call.extras).__name__}. For one entry give extras=(tensor,)."
+            f"{type(extras).__name__}. For one entry give extras=(tensor,)."
         )
+
+
+def check_call(call: Call, plan: Plan) -> None:
+    """Raises for what a plan cannot take, before anything is run."""
+    if call.check and not bool(torch.isfinite(call.x).all()):
+        raise ValueError("sample: x is finite; got NaN or infinity in it.")
+    conditioning.check(call.cond, call.batch, len(plan.stages))
     if len(call.extras) != plan.extras:
         raise ValueError(
             f"sample: the plan reads {plan.extras} extra input registers; got "
@@ -134,8 +137,8 @@ def check_untransformed(
     for tensor in (call.x, *conditioning.tensors_in(call.cond), *extras, *parameters()):
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             raise NotImplementedError(
-                "sample: torch.func does not see into a run; got a tensor that it transforms. Use "
-                'gradient="backprop", or sample outside the transformation.'
+                "sample: torch.func (forward-mode jvp, grad, vmap) does not see into a run; got a "
+                'tensor that it transforms. Use gradient="backprop", or sample outside of it.'
             )
         if dual and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(

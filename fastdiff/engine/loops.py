@@ -19,7 +19,8 @@ from .call import Call
 from .job import Job
 from .run import Run
 
-BAD_OUTPUT = (TypeError, ValueError, AttributeError)  # what a stage raises for what it cannot read
+# What a stage raises for what it cannot read.
+BAD_OUTPUT = (TypeError, ValueError, AttributeError, RuntimeError)
 
 
 class Written(ValueError, RuntimeError):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .._text import shown
 from ..plans import Plan
 from .base import Guidance, Weight
 from .joining import joined
@@ -56,9 +57,9 @@ class CFG(Guidance):
             else:
                 object.__setattr__(self, "scale", scale.detach().cpu().double())
         elif isinstance(scale, list | tuple | np.ndarray):
-            object.__setattr__(self, "scale", tuple(float(s) for s in scale))
+            object.__setattr__(self, "scale", tuple(_number(s) for s in scale))
         elif isinstance(scale, int | float | np.number) and not isinstance(scale, bool):
-            object.__setattr__(self, "scale", float(scale))
+            object.__setattr__(self, "scale", _number(scale))
         else:
             raise TypeError(
                 f"CFG: scale is a number, a tensor [B] or a sequence of one a stage; got {scale!r}."
@@ -70,7 +71,7 @@ class CFG(Guidance):
             scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
             finite = all(math.isfinite(s) for s in scales)
         if not finite:
-            raise ValueError(f"CFG: scale is finite; got {scale!r}.")
+            raise ValueError(f"CFG: scale is finite; got {shown(scale)}.")
 
     @property
     def branches(self) -> int:
@@ -120,3 +121,11 @@ class CFG(Guidance):
     def conditions_given(self) -> Any:
         """See `Guidance.conditions_given`."""
         return self.uncond
+
+
+def _number(scale: Any) -> float:
+    """A scale as a float; infinite where it is larger than any."""
+    try:
+        return float(scale)
+    except OverflowError:
+        return math.inf
