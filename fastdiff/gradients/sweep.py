@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends import Registers
-from ..conditioning import PerStage, at_stage, leaves_of, rebuild, staged_in, tensors_in
+from ..conditioning import PerStage, at_stage, flatten, leaves_of, rebuild, staged_in, tensors_in
 from ..plans import Transposed
 from .hooks import muted
 from .limits import held, through_limit
@@ -37,6 +37,21 @@ def transposed_table(trace: Trace, transposed: Transposed) -> Table:
         return Table(rows, layout, transposed.slots, entries)
 
     return trace.recent.get(transposed, ("transposed", branches), made)
+
+
+def _may_hide(trace: Trace) -> bool:
+    """Whether the network may read, at some stage, a tensor that nobody named.
+
+    A module has its tensors in its parameters; a function may have them anywhere, and so may an
+    object in the conditioning that cannot be looked into.
+    """
+    if not isinstance(trace.job.network, torch.nn.Module):
+        return True
+    try:
+        flatten(trace.call.cond)
+    except TypeError:
+        return True
+    return False
 
 
 class _Leaves:
@@ -106,6 +121,7 @@ class Sweep:
         self.trace = trace
         self.x_bar: torch.Tensor | None = cotangent
         self._leaves = _Leaves(trace)
+        self._looks = _may_hide(trace)
         self._totals: list[torch.Tensor | None] = [None] * len(trace.named)
         count = len(trace.named)
         self._registers = range(count - len(trace.call.extras), count)
@@ -163,7 +179,7 @@ class Sweep:
             out = evaluated(trace.job, (shown, time, cond), written_backward)
         vector = cotangent(out.detach())
         own = [tensor for _, tensor, _ in leaves]
-        if not isinstance(trace.job.network, torch.nn.Module):  # its tensors may change with t
+        if self._looks:
             check_named(out, (leaf, *own, *trace.named))
         inputs = ([leaf] if needs_x else []) + own
         if not inputs or not out.requires_grad:
