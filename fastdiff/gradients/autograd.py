@@ -92,7 +92,7 @@ def differentiable(
     if captures is not None:
         return captured_run(job, gradient, call, params, pools.recent, captures)
     call = replace(call, x=x.detach())
-    trace = Trace(job, gradient, call, params, pools, pools.recent)
+    trace = Trace(job, gradient, call, params, pools, pools.recent, x.requires_grad)
     return _Function.apply(trace, x, *named)
 
 
@@ -113,7 +113,6 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trace: Trace, x: torch.Tensor, *named: torch.Tensor) -> torch.Tensor:
         result, kept = trace.forward()
-        trace.needs = ctx.needs_input_grad[1]
         ctx.save_for_backward(*kept)
         ctx.trace = trace
         return result
