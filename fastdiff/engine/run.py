@@ -9,8 +9,8 @@ time: `Leases` lends it, and two calls at once, or one inside another, never sha
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,13 @@ class Spec:
     clocked: bool = False
     offset: int = 0
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @property
     def batch(self) -> int:
         """Samples B."""
@@ -91,6 +98,10 @@ def features_of(rows: Sequence[PackedRow]) -> tuple[Any, ...]:
     )
 
 
+def _unbound(row: int, out: Any, xi: Any) -> None:
+    raise RuntimeError("Run: rows are written before one is run; got a run without any.")
+
+
 class Run:
     """Registers, table, times, bound stage and clock.
 
@@ -102,6 +113,7 @@ class Run:
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
         inputs, told: What the network is given and told at each stage of the loaded plan.
+        stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -136,7 +148,8 @@ class Run:
                 self._forward = torch.tensor([1, spec.stride], device=spec.device)
         self.told = list(self.times)
         self.inputs: list[torch.Tensor] = []
-        self._stage: Any = None  # bound to the first rows, for which kernels are specialised
+        self._bound: Any = None  # to the first rows, for which kernels are specialised
+        self.stage: Callable[..., None] = _unbound
         self._first_row = 0
         self._points: list[bool] = []
         self._holds: tuple[Any, ...] = (None, None)  # plan and guidance whose numbers stand here
@@ -149,19 +162,20 @@ class Run:
         self._holds = (None, None)
         packed = torch.from_numpy(encode(rows, self.spec.layout))
         self.table[at : at + len(rows)] = packed
-        if self._stage is None:
+        if self._bound is None:
             self._bind()
             return
-        refresh = getattr(self._stage, "refresh", None)
+        refresh = getattr(self._bound, "refresh", None)
         if refresh is not None:
             refresh(self.table)
 
     def _bind(self) -> None:
         spec, row_index = self.spec, None if self.clock is None else self.clock[1:]
         with torch.inference_mode(False):
-            self._stage = backends.get(spec.backend).bind(
+            self._bound = backends.get(spec.backend).bind(
                 self.registers, self.table, spec.layout, self.index, row_index
             )
+        self.stage = getattr(self._bound, "run", self._bound)
 
     def write_times(self, model_times: Sequence[float], at: int = 0) -> None:
         """Writes what the network is told, from stage `at` on."""
@@ -240,11 +254,11 @@ class Run:
 
     def advance(self, i: int, out: torch.Tensor | None, xi: torch.Tensor | None = None) -> None:
         """Runs stage i of the loaded plan."""
-        self._stage(i * self.spec.stride, out, xi)
+        self.stage(i * self.spec.stride, out, xi)
 
     def row(self, row: int, out: torch.Tensor | None) -> None:
         """Runs one row of the table."""
-        self._stage(row, out, None)
+        self.stage(row, out, None)
 
     def now(self) -> torch.Tensor:
         """The time at the clock's stage, [G * B], in memory of its own."""
@@ -255,10 +269,21 @@ class Run:
     def tick(self, out: torch.Tensor | None) -> None:
         """Runs the clock's stage and advances it."""
         assert self.clock is not None
-        self._stage(0, out, None)
+        self.stage(0, out, None)
         self.clock.add_(self._forward)
 
     # -- its state -------------------------------------------------------------------------------
+
+    @property
+    def counts_writes(self) -> bool:
+        """Whether PyTorch's version counters see what a stage writes."""
+        return self.spec.backend == "torch"
+
+    def versions(self) -> tuple[int, ...]:
+        """The version counters of what a network is handed; its writes in place raise them."""
+        r = self.registers
+        held = (r.x, r.e, r.m, self.times)
+        return tuple(tensor._version for tensor in held if tensor is not None)
 
     def live(self) -> list[torch.Tensor]:
         """The registers that a stage hands on to the next: x, e and the history."""
