@@ -162,6 +162,10 @@ class Run:
         self._first_row = 0
         self._points: list[bool] = []
         self._holds: tuple[Any, ...] = (None, None)  # plan and guidance whose numbers stand here
+        self._written = self.times._version  # by this run itself
+        handed = (self.registers.x, self.registers.e, m, *self.told)
+        self._handed = [tensor for tensor in handed if tensor is not None]
+        self._places = [tensor.data_ptr() for tensor in self._handed]
         self._stream: Any = None
 
     # -- the table -------------------------------------------------------------------------------
@@ -191,6 +195,7 @@ class Run:
             told = told.pin_memory()
         told = told.to(self.times.device, non_blocking=True)
         self.times[at : at + len(told)] = told[:, None]
+        self._written = self.times._version
 
     def load(self, plan: Plan, guidance: Guidance) -> None:
         """Makes this a run of a plan, which fits the spec.
@@ -198,7 +203,8 @@ class Run:
         The rows of the plan stand first; after them a row that writes the first input and nothing
         else; the rows after that one do nothing.
         """
-        if self._holds[0] is plan and self._holds[1] is guidance:
+        same = self._holds[0] is plan and self._holds[1] is guidance
+        if same and self.times._version == self._written:  # nobody wrote to the times since
             return
         rows = guided_rows(guidance, plan, self.spec.batch)
         first = PackedRow(flags=WRITES_M, c_in_next=plan.stages[0].c_in)
@@ -296,6 +302,13 @@ class Run:
         r = self.registers
         held = (r.x, r.e, r.m, self.times)
         return tuple(tensor._version for tensor in held if tensor is not None)
+
+    def in_place(self) -> bool:
+        """Whether what a network is handed still lies where it lay."""
+        return all(
+            tensor.data_ptr() == place
+            for tensor, place in zip(self._handed, self._places, strict=True)
+        )
 
     def live(self) -> list[torch.Tensor]:
         """The registers that a stage hands on to the next: x, e and the history."""
