@@ -54,10 +54,11 @@ def _reduction(reduction: Any) -> tuple[Any, ...] | None:
 
 
 def normal(
-    seeds: torch.Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype
+    seeds: torch.Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype, offset: int = 0
 ) -> torch.Tensor:
     """Noise of the samples, as `noise.normal`."""
-    return noise.normal(tuple(shape), seeds, stream, dtype=dtype, device=seeds.device)
+    options: dict[str, Any] = {"dtype": dtype, "device": seeds.device, "offset": offset}
+    return noise.normal(tuple(shape), seeds, stream, **options)
 
 
 def _combine(weights: Sequence[Any], terms: Sequence[Any]) -> Any:
