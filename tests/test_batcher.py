@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples at different stages of different plans in one batch, each as if it were alone."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from support.captures import VP, network, plan_of
@@ -128,6 +131,45 @@ def test_bad_outputs_are_named():
     batcher.add(torch.randn(6))
     with pytest.raises((TypeError, AttributeError), match="Batcher: the network returns a tensor"):
         batcher.step()
+
+
+@needs_core
+@pytest.mark.parametrize("graph", [None, "stage"])
+def test_a_network_that_writes_to_its_input_spoils_no_later_sample(graph, recorder):
+    careless = [1]
+
+    def net(x, t):
+        out = network(x, t)
+        if careless:
+            x.mul_(0.5)
+        return out
+
+    x = torch.randn(6)
+    batcher = fd.Batcher(net, PLANS, (2, 6), graph=graph)
+    batcher.add(torch.randn(6))
+    with pytest.raises(ValueError, match="in place"):
+        batcher.step()
+    careless.clear()
+    while batcher.free < 2:
+        batcher.step()
+    place, done = batcher.add(x), {}
+    while place not in done:
+        done = batcher.step()
+    torch.testing.assert_close(done[place], alone((x, 0, None, None)))
+
+
+def test_a_sample_that_was_written_to_is_given_up():
+    batcher = fd.Batcher(lambda x, t: x.mul_(0.5), PLANS, (2, 6))
+    batcher.add(torch.randn(6))
+    with pytest.raises(RuntimeError, match="given up: add them again"):
+        batcher.step()
+    assert batcher.free == 2
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_batcher_is_not_copied(make):
+    with pytest.raises(TypeError, match="belong to one batcher"):
+        make(fd.Batcher(network, PLANS, (2, 6)))
 
 
 def test_places_are_taken_and_given_back():
