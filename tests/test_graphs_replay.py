@@ -6,6 +6,7 @@ says the same of CUDA graphs, and what only a device can show.
 """
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -255,6 +256,28 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
     recorder.here = "stream 0"
     eager(x)
     assert recorder.followed == 2
+
+
+@needs_core
+@MODES
+def test_threads_may_share_a_captured_sampler_whose_plan_changes(mode, recorder):
+    plans, xs = [plan_of("dpmpp-2m"), plan_of("deis-2", t_max=0.6)], torch.randn(4, 3, 5)
+    wanted = [[fd.sample(network, x, plan, graph=None) for plan in plans] for x in xs]
+    sampler, begin = fd.Sampler(network, plans[0], graph=mode), threading.Barrier(4)
+
+    def work(i):
+        begin.wait()
+        found = []
+        for k in range(20):
+            if i == 0:
+                sampler.set_plan(plans[k % 2])
+            found.append(sampler(xs[i]))
+        return found
+
+    with ThreadPoolExecutor(4) as pool:
+        for i, results in enumerate(pool.map(work, range(4))):
+            assert all(any(torch.equal(got, w) for w in wanted[i]) for got in results)
+    assert sampler.stats().captures == 1
 
 
 @needs_core

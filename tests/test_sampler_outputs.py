@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from support.core import needs_core
+from support.core import FAST, needs_core
 from support.runs import EACH, VP, network
 
 import fastdiff as fd
@@ -161,3 +161,61 @@ def test_memory_does_not_grow_with_calls():
     finally:
         tracemalloc.stop()
     assert grown < 2000  # bytes, over 1000 steps
+
+
+# -- the default device ----------------------------------------------------------------------------
+
+ROW = fd.Stage(t=1.0, b=(1.0,), r=(0.5,))
+CASES = {
+    "plain": {"plan": fd.plan(VP, "deis-3", 4)},
+    "noise": {"plan": fd.plan(VP, "ddpm", 4), "seed": 3},
+    "seeds": {"plan": fd.plan(VP, "ddpm", 4), "seed": [3, 9]},
+    "extras": {"plan": fd.Plan((ROW,), (1.0, 0.0)), "extras": (2.0,)},
+    "threshold": {"plan": fd.plan(VP, "dpmpp-2m", 4, threshold=(0.9, 0.2)), "check": True},
+    "guided": {
+        "plan": fd.plan(VP, "ddim", 2),
+        "cond": {"y": torch.ones(2)},
+        "guidance": fd.CFG(torch.tensor([2.0, 3.0]), uncond={"y": 0}),
+    },
+}
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_device_does_not_matter(case, backend):
+    """On "meta" whatever is made without naming its device would hold no numbers."""
+    x = torch.randn(2, 5)
+    wanted = fd.sample(network, x, backend=backend, **CASES[case])
+    with torch.device("meta"):
+        got = fd.sample(network, x, backend=backend, **CASES[case])
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "backprop", fd.AdjointDEIS(2)])
+def test_the_default_device_does_not_matter_to_gradients(gradient):
+    plan = fd.plan(VP, "deis-3" if isinstance(gradient, fd.AdjointDEIS) else "ddpm", 4, t_max=0.9)
+
+    def slope(x):
+        out = fd.sample(network, x, plan, seed=3, gradient=gradient)
+        return torch.autograd.grad(out.sum(), x)[0]
+
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    wanted = slope(x)
+    with torch.device("meta"):
+        assert torch.equal(slope(x), wanted)
+
+
+def test_the_default_device_does_not_matter_to_noise_and_batchers():
+    plan, x = fd.plan(VP, "ddpm", 4), torch.randn(5)
+
+    def made():
+        batcher = fd.Batcher(network, [plan], (2, 5))
+        place, done = batcher.add(x, seed=3), {}
+        while place not in done:
+            done = batcher.step()
+        return fd.noise.prior(plan, (2, 5), seeds=1), done[place]
+
+    wanted = made()
+    with torch.device("meta"):
+        got = made()
+    assert all(map(torch.equal, got, wanted))

@@ -190,7 +190,8 @@ class Run:
 
     def write_times(self, model_times: Sequence[float], at: int = 0) -> None:
         """Writes what the network is told, from stage `at` on."""
-        told = torch.tensor(list(model_times), dtype=self.times.dtype)
+        # the CPU, whatever the default device
+        told = torch.tensor(list(model_times), dtype=self.times.dtype, device="cpu")
         if self.times.is_cuda:
             told = told.pin_memory()
         told = told.to(self.times.device, non_blocking=True)
@@ -251,7 +252,10 @@ class Run:
         entry = self.registers.bank[i]
         batch = min(x.shape[0], entry.shape[0])
         try:
-            entry[:batch].copy_(torch.as_tensor(given).expand(batch, *x.shape[1:]))
+            given = (
+                given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
+            )
+            entry[:batch].copy_(given.expand(batch, *x.shape[1:]))
         except (RuntimeError, TypeError):
             got = tuple(given.shape) if isinstance(given, torch.Tensor) else given
             raise ValueError(
