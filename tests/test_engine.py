@@ -79,7 +79,7 @@ def test_a_run_whose_memory_was_moved_is_not_lent_again(move):
     leases, spec = Leases(), spec_of(plan_of())
     run = leases.lend(spec)
     if move == "data":
-        run.told[1].data = torch.zeros(2)
+        run.registers.x.data = torch.zeros(2)
     else:
         move(run.registers.x)
     leases.give_back(run)
@@ -147,6 +147,23 @@ def test_times_that_a_failing_network_wrote_to_are_written_again(backend):
         sampler(x)
     careless.clear()
     assert torch.equal(sampler(x), fd.sample(network, x, plan_of(), backend=backend))
+
+
+@pytest.mark.parametrize("move", [lambda t: t.resize_(1 << 16), lambda t: t.set_(torch.zeros(2))])
+def test_times_that_a_network_moved_are_handed_out_no_more(move):
+    careless, x = [1], torch.randn(2, 5)
+
+    def net(x, t):
+        if careless:
+            move(t)
+            raise KeyError("mine")
+        return network(x, t)
+
+    sampler = fd.Sampler(net, plan_of())
+    with pytest.raises(KeyError, match="mine"):
+        sampler(x)
+    careless.clear()
+    assert torch.equal(sampler(x), fd.sample(network, x, plan_of()))
 
 
 @EACH

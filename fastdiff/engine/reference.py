@@ -127,7 +127,7 @@ def sample(
     return state.to(x.dtype)
 
 
-def _place(given: Any) -> dict[str, str]:
+def _place(given: Any) -> dict[str, Any]:
     """Numbers are on the CPU, whatever the default device."""
     return {} if isinstance(given, torch.Tensor) else {"device": "cpu"}
 

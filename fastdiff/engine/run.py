@@ -163,7 +163,7 @@ class Run:
         self._points: list[bool] = []
         self._holds: tuple[Any, ...] = (None, None)  # plan and guidance whose numbers stand here
         self._written = self.times._version  # by this run itself
-        handed = (self.registers.x, self.registers.e, m, *self.told)
+        handed = (self.registers.x, self.registers.e, m)
         self._handed = [tensor for tensor in handed if tensor is not None]
         self._places = [tensor.data_ptr() for tensor in self._handed]
         self._stream: Any = None
@@ -205,8 +205,11 @@ class Run:
         else; the rows after that one do nothing.
         """
         same = self._holds[0] is plan and self._holds[1] is guidance
-        if same and self.times._version == self._written:  # nobody wrote to the times since
+        untouched = self.times._version == self._written
+        if same and untouched:
             return
+        if not untouched:  # a network wrote to its times, or moved them
+            self.told = list(self.times)
         rows = guided_rows(guidance, plan, self.spec.batch)
         first = PackedRow(flags=WRITES_M, c_in_next=plan.stages[0].c_in)
         idle = self.spec.rows - len(rows) - self.spec.stride
@@ -308,11 +311,8 @@ class Run:
         return tuple(tensor._version for tensor in held if tensor is not None)
 
     def in_place(self) -> bool:
-        """Whether what a network is handed still lies where it lay."""
-        return all(
-            tensor.data_ptr() == place
-            for tensor, place in zip(self._handed, self._places, strict=True)
-        )
+        """Whether the registers that a network is handed still lie where they lay."""
+        return list(map(torch.Tensor.data_ptr, self._handed)) == self._places
 
     def live(self) -> list[torch.Tensor]:
         """The registers that a stage hands on to the next: x, e and the history."""
