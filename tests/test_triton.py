@@ -34,8 +34,6 @@ from fastdiff.plans import (
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-stage_module = pytest.importorskip("fastdiff.kernels.stage")
-threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
 philox = pytest.importorskip("fastdiff.kernels.philox")
 F32, F64, BF16, F16 = DTYPES
 SIZES = [0, 1, 15, 16, 17, 1023, 1025, 5000]
