@@ -153,7 +153,7 @@ def test_tiles_cover_every_element_once(batch, size, draws, own):
     (programs, _, _), (b, units, _), constants = launches.launch_shape(
         batch, size, size, draws, own, 1024
     )
-    rows, cols = constants["ROWS"], constants["COLS"]
+    rows, cols = constants["SAMPLES"], constants["COLS"]
     n = units * constants["UNIT"]
     assert b * n == batch * size
     assert rows * cols <= 1024
