@@ -133,7 +133,7 @@ class Batcher:
     ) -> None:
         plans, batch = self._plans, shape[0]
         branches = 1 if self._guidance is None else self._guidance.branches
-        if self._graph is not None and serving.name == "torch":
+        if self._graph is not None and not serving.capturable:
             raise ValueError(
                 "Batcher: a captured stage reads its table on the device; the torch backend keeps "
                 "it on the host. Use graph=None."

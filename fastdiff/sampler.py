@@ -131,7 +131,7 @@ class Sampler:
         self._check = check
         self._run: _Run | None = None
         self._captures: dict[torch.device, Captures] = {}
-        self._serving: dict[Hashable, str] = {}  # backends, by dtypes and device
+        self._serving: dict[Hashable, backends.Backend] = {}  # backends, by dtypes and device
         self._met: OrderedDict[Hashable, None] = OrderedDict()  # kinds of call, for graph="auto"
         self._declined: set[Hashable] = set()
         self._streams: dict[torch.device, Any] = {}
@@ -636,7 +636,7 @@ class Sampler:
         assert self._graph is not None
         plan, kind = self._plan, self._kind(x)
         automatic, by_stage = mode == "auto", mode == "stage"
-        if automatic and self._serving_name(x) == "torch":
+        if automatic and not self._serving_backend(x).capturable:
             return None
         self._check_captured(x)
         try:
@@ -705,16 +705,16 @@ class Sampler:
                 return None
         return run
 
-    def _serving_name(self, x: torch.Tensor) -> str:
+    def _serving_backend(self, x: torch.Tensor) -> backends.Backend:
         """The backend of a run."""
         served = (*self._kind(x)[:2], x.device)
         if served not in self._serving:
-            self._serving[served] = backends.choose(self._backend, *served).name
+            self._serving[served] = backends.choose(self._backend, *served)
         return self._serving[served]
 
     def _check_captured(self, x: torch.Tensor) -> None:
         """Raises where the backend of a run cannot be captured."""
-        if self._serving_name(x) == "torch":
+        if not self._serving_backend(x).capturable:
             raise ValueError(
                 "sample: a captured loop reads its table on the device; the torch backend, which "
                 "serves here, keeps it on the host. fastdiff.backends.status() says what keeps the "

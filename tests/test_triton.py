@@ -22,7 +22,7 @@ import torch
 from support.rows import DTYPES, random_output, random_registers, random_row, raw
 
 import fastdiff as fd
-from fastdiff import backends, noise
+from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import triton as backend_module
 from fastdiff.plans import AT_E, CLIP, EVALUATE, THRESHOLD, WRITES_E, WRITES_X, Layout, Plan, Stage
@@ -39,7 +39,7 @@ HERE = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="compiled on a GPU")),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
-CORE = pytest.mark.skipif(noise.native is None, reason="the compiled core is not built")
+CORE = pytest.mark.skipif(_core.native is None, reason="the compiled core is not built")
 FUSES = pytest.mark.skipif(
     INTERPRETED and VERSION < (3, 9), reason="Triton's interpreter fuses tl.fma from 3.9 on"
 )
