@@ -35,6 +35,7 @@ from support.rows import (
 from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
 from fastdiff.plans import EVALUATE, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans.layout import PackedRow, encode
 
 SIZES = [0, 1, 3, 4, 16, 63, 65, 1023, 1024, 1025, 5000]
 
@@ -285,6 +286,26 @@ def test_an_output_may_be_the_input_itself(device):
     bound = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
     bound.run(0, registers.x, None)
     assert torch.equal(registers.x.cpu(), 2.5 * torch.arange(12.0).view(3, 4))
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_rows_grow_where_one_did_when_the_table_was_checked(device, usable, indexed):
+    plain = PackedRow(flags=EVALUATE | WRITES_X, b_0=1.0, k=(1.0,))
+    grown = dataclasses.replace(plain, u=0.5)
+    tables = [torch.from_numpy(encode([row], Layout())) for row in (plain, grown)]
+    registers = Registers(x=torch.ones(2, 9, device=device))
+    index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
+    bound = backends.get("cuda").bind(registers, tables[0], Layout(), index)
+    twos = torch.full((2, 9), 2.0, device=device)
+    bound.table.copy_(tables[1])  # the launched kernel leaves out what this row asks for
+    bound.run(0, twos, None)
+    with pytest.raises(ValueError, match=r"blend, multiply .* bound or refreshed; got row 0\."):
+        bound.check()
+    assert torch.equal(registers.x.cpu(), torch.ones(2, 9))
+    bound.refresh(tables[1])
+    bound.run(0, twos, None)
+    bound.check()
+    assert torch.equal(registers.x.cpu(), torch.full((2, 9), 2.5))
 
 
 # -- mistakes --------------------------------------------------------------------------------------

@@ -29,6 +29,14 @@ from fastdiff.plans import (
     Plan,
     Stage,
 )
+from fastdiff.plans.layout import (
+    PackedMeasure,
+    PackedProduct,
+    PackedReduction,
+    PackedRow,
+    encode,
+    layout_of,
+)
 
 BACKENDS = [
     pytest.param(name, marks=needs_core if name == "cpu" else ()) for name in ("torch", "cpu")
@@ -202,3 +210,79 @@ def test_without_the_core_torch_serves_and_says_so_once(monkeypatch):
         backends.get("cpu").bind(
             Registers(x=torch.ones(1, 1)), torch.zeros(1, Layout().width), Layout()
         )
+
+
+# -- rows that grow --------------------------------------------------------------------------------
+
+NORM = PackedReduction("norm", ("x", 0))
+GROWN = {"flags": EVALUATE | WRITES_X, "k": (1.0,), "b_0": 1.0}
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**GROWN, "extras": ((2, 1.0, 0.0),)}, "entries of the bound bank"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 2, "x"),)}, "entries of the bound bank"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 0, "bank", 2),)}, "of the bound bank"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 0, "slot", 0),)}, "slots"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 0, "out"),)}, "products are of the kinds"),
+        ({**GROWN, "products": (PackedProduct("y", 1.0, 0, "x"),)}, "those into y of the point"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 0, "e"),)}, r"Registers\.e"),
+        ({**GROWN, "products": (PackedProduct("x", 1.0, 0, "xi"),)}, "draws it or is given it"),
+        ({**GROWN, "scalar_b": 3}, "columns of the bound scalars"),
+        ({**GROWN, "scalar_k": (3,)}, "columns of the bound scalars"),
+        ({"flags": WRITES_X, "b_raw": 1.0}, "without an evaluation"),
+        (
+            {"flags": WRITES_X, "products": (PackedProduct("x", 1.0, 0, "h"),)},
+            "without an evaluation",
+        ),
+        ({"measures": (PackedMeasure(3, NORM),)}, "columns of the bound scalars"),
+        (
+            {"measures": (PackedMeasure(0, PackedReduction("sum", ("h", 0))),)},
+            "measures are of the kinds",
+        ),
+        (
+            {"measures": (PackedMeasure(0, NORM, PackedReduction("sum", ("slot", 0))),)},
+            "slots of the bound history",
+        ),
+        ({"measures": (PackedMeasure(0, PackedReduction("std", ("y", 0))),)}, "an evaluation"),
+        ({"measures": (PackedMeasure(0, PackedReduction("std", ("e", 0))),)}, r"Registers\.e"),
+        (
+            {
+                **GROWN,
+                "flags": EVALUATE | WRITES_X | THRESHOLD,
+                "quantile": 0.9,
+                "floor": 2.0,
+                "ceiling": 1.0,
+            },
+            "no ceiling below it",
+        ),
+    ],
+)
+def test_a_grown_row_that_would_leave_its_registers_is_refused(fields, message):
+    row = PackedRow(**fields)
+    columns = layout_of([row])
+    registers = Registers(x=torch.ones(2, 9), bank=torch.ones(2, 1, 9), scalars=torch.ones(2, 3))
+    bound = backends.get("cpu").bind(registers, torch.from_numpy(encode([row], columns)), columns)
+    call = bound.measure if row.measures else bound.run
+    with pytest.raises(ValueError, match=message):
+        call(0, torch.ones(2, 9), None)
+    assert torch.equal(registers.x, torch.ones(2, 9))
+    assert torch.equal(registers.scalars, torch.ones(2, 3))
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bank": torch.ones(2, 3, 9)}, r"bank is \[2, 2, 9\]"),
+        ({"scalars": torch.ones(2, 3).double()}, "scalars is torch.float32"),
+        ({"scalars": torch.ones(3, 3)}, r"scalars is \[2, 3\]"),
+    ],
+)
+def test_a_wrong_bank_and_wrong_scalars_are_refused_when_bound(change, message):
+    registers = dataclasses.replace(Registers(x=torch.ones(2, 9)), **change)
+    table = torch.from_numpy(encode([PackedRow()], Layout()))
+    with pytest.raises((TypeError, ValueError), match=message):
+        backends.get("cpu").bind(registers, table, Layout())
