@@ -29,8 +29,8 @@ F32, F64, BF16, F16 = DTYPES
 def thresholded(name, out, quantile, floor, device="cpu", state=None) -> torch.Tensor:
     plan = thresholds(quantile, floor)
     x = torch.full(out.shape, torch.nan, dtype=state or out.dtype, device=device)
-    run = backends.get(name).bind(Registers(x=x), as_table(plan), plan.layout)
-    run(0, out.to(device), None)
+    stage = backends.get(name).bind(Registers(x=x), as_table(plan), plan.layout)
+    stage.run(0, out.to(device), None)
     return x.cpu()
 
 

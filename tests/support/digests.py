@@ -31,11 +31,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not this folder: cuda.py stands here
-
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fastdiff as fd
 
 B, SHAPE, STEPS = 3, (3, 37), 4
