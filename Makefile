@@ -19,7 +19,7 @@ WANTED := $(VENV)/torch-wanted
 TORCHED := $(VENV)/torch-installed
 TOOLED := $(VENV)/tools-installed
 BUILT := $(VENV)/fastdiff-built
-BUILD_INPUTS := $(wildcard pyproject.toml setup.py MANIFEST.in csrc/* fastdiff/__init__.py)
+BUILD_INPUTS := $(wildcard pyproject.toml setup.py MANIFEST.in csrc/* csrc/*/* fastdiff/__init__.py)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -15,12 +15,21 @@ NVCC = shutil.which("nvcc")
 FORCED = os.environ.get("FASTDIFF_CUDA", "")  # "1": a build without CUDA fails; "0": none is tried
 ARCHS = os.environ.get("FASTDIFF_CUDA_ARCHS", "80,90,100")
 
+
+def files(*patterns: str) -> list[str]:
+    """The files of the tree, beside this one, that the patterns name."""
+    here = Path(__file__).resolve().parent
+    found = [p.relative_to(here).as_posix() for pattern in patterns for p in here.glob(pattern)]
+    return sorted(found)
+
+
 # No -march=native: the instruction set is chosen at run time. No contraction, no fast-math: every
 # fused multiply-add is written out, so that all backends round alike.
 core = Pybind11Extension(
     "fastdiff._native",
-    [f"csrc/{name}.cpp" for name in ("bindings", "cpu", "cpu_avx2", "cpu_avx512")],
-    depends=[f"csrc/{name}.h" for name in ("bindings", "cpu", "cpu_kernels", "philox", "stage")],
+    ["csrc/bindings/native.cpp", *files("csrc/cpu/*.cpp")],
+    depends=files("csrc/*.h", "csrc/bindings/*.h", "csrc/cpu/*.h"),
+    include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=[
         *("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"),
@@ -31,8 +40,8 @@ core = Pybind11Extension(
 # Optional: its absence is said and costs nothing but the CUDA backend.
 cuda = Extension(
     "fastdiff._cuda",
-    ["csrc/cuda.cu", "csrc/cuda_bindings.cpp"],
-    depends=[f"csrc/{name}.h" for name in ("bindings", "cuda", "cuda_kernels", "philox", "stage")],
+    [*files("csrc/cuda/*.cu"), "csrc/bindings/cuda.cpp"],
+    depends=files("csrc/*.h", "csrc/bindings/*.h", "csrc/cuda/*.h"),
     optional=FORCED != "1",
 )
 
@@ -83,7 +92,7 @@ def nvcc_command(target: Path) -> list[str]:
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return [
         *(str(NVCC), "-shared", "-o", str(target), *cuda.sources),
-        *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
+        *("-Icsrc", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
         *("-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-t", "0", *code),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0", "-Xlinker", "-s"),
     ]

@@ -138,7 +138,9 @@ def varies(cond: Any) -> bool:
 
 def requiring_grad(cond: Any, root: str = "cond") -> list[str]:
     """The places of tensors that require grad, those inside other objects too."""
-    found = []
+    found: list[str] = []
+    if cond is None:
+        return found
     for value, path, _ in leaves_of(cond):
         held = [value.values if isinstance(value, PerStage) else value]
         if not isinstance(held[0], torch.Tensor):

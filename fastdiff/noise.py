@@ -15,8 +15,6 @@ the same bits, and takes some hundred times as long.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -26,40 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from . import _core
+
 if TYPE_CHECKING:
     from .plans import Plan
-
-# The compiled core's, in csrc/stage.h: an editable tree keeps an old one until it is rebuilt.
-ABI = 5
-
-native: Any = None
-missing: str | None = None
-try:
-    native = importlib.import_module("fastdiff._native")
-except ImportError as error:
-    missing = f"the compiled core cannot be imported ({error})"
-else:
-    if native.abi != ABI:
-        raise ImportError(
-            f"fastdiff: the compiled core fits this code; got ABI {native.abi}, {ABI} is needed. "
-            "Rebuild it: pip install -e ."
-        )
-
-
-@functools.cache
-def cuda_core() -> tuple[Any, str | None]:
-    """The CUDA part of the compiled core, loaded when first asked for; or None and the reason."""
-    how = "with nvcc on PATH, FASTDIFF_CUDA=1 pip install -e . builds it"
-    try:
-        core = importlib.import_module("fastdiff._cuda")
-    except ModuleNotFoundError:
-        return None, f"the CUDA part is not built; {how}"
-    except ImportError as error:
-        return None, f"the CUDA part cannot be imported ({error}); {how}"
-    if core.abi != ABI:
-        return None, f"the CUDA part has ABI {core.abi} and {ABI} is needed; {how}"
-    return core, None
-
 
 Seeds = int | Sequence[int] | torch.Tensor
 
@@ -71,6 +39,7 @@ def normal(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    offset: int = 0,
 ) -> torch.Tensor:
     """Standard normals, one sample per seed.
 
@@ -81,6 +50,8 @@ def normal(
         dtype: Any floating dtype; values are float32 normals, widened or rounded to it.
         device: Where the result lies. CUDA devices make it themselves where the CUDA part is built;
             else it is made on the CPU and copied.
+        offset: Element i takes the normal of element i + offset: a part of a longer sample. A
+            multiple of 4, >= 0.
 
     Returns:
         Contiguous tensor of `shape`, owned by the caller.
@@ -100,33 +71,37 @@ def normal(
     stream = operator.index(stream)
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"noise.normal: stream lies in [0, 2**32); got {stream}.")
+    offset = checked_offset("noise.normal", offset)
     batch, size = sizes[0], math.prod(sizes[1:])
     code = 1 if dtype == torch.float64 else 0
     if device is not None and torch.device(device).type == "cuda":
-        core, _ = cuda_core()
+        core, _ = _core.cuda_core()
         if core is not None and core.problem() is None:
-            return _normal_on(torch.device(device), core, sizes, seeds, stream, code).to(dtype)
+            z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32, device=device)
+            _fill_on_device(z, core, seeds, stream, offset)
+            return z.to(dtype)
     bits = seeds_tensor(seeds, batch)
-    if native is None:
-        z = torch.from_numpy(reference(bits.numpy(), size, stream).reshape(sizes))
+    if _core.native is None:
+        z = torch.from_numpy(reference(bits.numpy(), size, stream, offset).reshape(sizes))
     else:
         z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32)
         threads = torch.get_num_threads()
-        native.normal(z.data_ptr(), code, bits.data_ptr(), batch, size, stream, threads)
+        at = (z.data_ptr(), code, bits.data_ptr(), batch, size)
+        _core.native.normal(*at, stream, offset, threads)
     return z.to(device=device, dtype=dtype)
 
 
-def _normal_on(
-    device: torch.device,
-    core: Any,
-    sizes: tuple[int, ...],
-    seeds: Seeds,
-    stream: int,
-    code: int,
-) -> torch.Tensor:
-    """Normals made by a CUDA device, on PyTorch's current stream there."""
-    z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32, device=device)
-    batch, size = sizes[0], math.prod(sizes[1:])
+def checked_offset(who: str, offset: int) -> int:
+    """The offset, a multiple of 4 that is not negative."""
+    offset = operator.index(offset)
+    if offset < 0 or offset % 4:
+        raise ValueError(f"{who}: offset is a multiple of 4, >= 0; got {offset}.")
+    return offset
+
+
+def _fill_on_device(z: torch.Tensor, core: Any, seeds: Seeds, stream: int, offset: int) -> None:
+    """Normals made by the CUDA device of z, on PyTorch's current stream there."""
+    batch, size = z.shape[0], math.prod(z.shape[1:])
     if isinstance(seeds, torch.Tensor) and seeds.device == z.device:
         if seeds.dtype != torch.int64 or seeds.shape != (batch,):
             seeds_tensor(seeds, batch)  # says which rule is broken
@@ -134,8 +109,8 @@ def _normal_on(
     else:
         bits = seeds_tensor(seeds, batch).to(z.device)
     number, queue = z.device.index, torch.cuda.current_stream(z.device).cuda_stream
-    core.normal(z.data_ptr(), code, bits.data_ptr(), batch, size, stream, number, queue)
-    return z
+    at = (z.data_ptr(), int(z.dtype == torch.float64), bits.data_ptr(), batch, size)
+    core.normal(*at, stream, offset, number, queue)
 
 
 def prior(
@@ -145,12 +120,14 @@ def prior(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    offset: int = 0,
 ) -> torch.Tensor:
     """The state at the plan's first time: `plan.prior_scale * normal(shape, seeds, stream=0)`.
 
     Arguments and errors are those of `normal`.
     """
-    return normal(shape, seeds, 0, dtype=dtype, device=device).mul_(plan.prior_scale)
+    z = normal(shape, seeds, 0, dtype=dtype, device=device, offset=offset)
+    return z.mul_(plan.prior_scale)
 
 
 def seeds_tensor(seeds: Seeds, batch: int) -> torch.Tensor:
@@ -205,19 +182,22 @@ def _integer(seed: Any) -> int:
 # -- the readable reference ------------------------------------------------------------------------
 
 
-def reference(seeds: NDArray[np.int64], size: int, stream: int) -> NDArray[np.float32]:
+def reference(
+    seeds: NDArray[np.int64], size: int, stream: int, offset: int = 0
+) -> NDArray[np.float32]:
     """The normals of `csrc/philox.h` in NumPy, bit for bit.
 
     Args:
         seeds: Bit patterns, [B].
         size: Elements of each sample.
         stream: 0 to 2**32 - 1.
+        offset: As in `normal`.
 
     Returns:
         [B, size].
     """
     key = seeds.view(np.uint64)[:, None]
-    quad = np.arange((size + 3) // 4, dtype=np.uint64)[None, :]
+    quad = np.arange((size + 3) // 4, dtype=np.uint64)[None, :] + np.uint64(offset // 4)
     counter = (quad & _LOW, np.full_like(quad, stream), quad >> _32, np.zeros_like(quad))
     words = philox(counter, (key & _LOW, key >> _32))
     z = np.stack([*normal_pair(words[0], words[1]), *normal_pair(words[2], words[3])], axis=-1)

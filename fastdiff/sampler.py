@@ -232,7 +232,9 @@ class Sampler:
         with torch.no_grad():
             if call.batch == 0:
                 return x.detach().clone() if out is None else out.copy_(x)
-            call = replace(call, cond=job.guidance.conditions(cond, call.batch))
+            joined = job.guidance.conditions(cond, call.batch)
+            if joined is not cond:
+                call = replace(call, cond=joined)
             if out is None:
                 out = torch.empty_like(x, memory_format=torch.contiguous_format)
             if mode is not None and self._captured.sample(mode, job, call, out) is not None:
@@ -317,7 +319,7 @@ class Sampler:
         tracked = ["x"] if call.x.requires_grad else []
         tracked += requiring_grad(call.cond)
         tracked += requiring_grad(job.guidance.conditions_given(), "uncond")
-        tracked += requiring_grad(list(call.extras), "extras")
+        tracked += requiring_grad(call.extras, "extras") if call.extras else []
         if tracked:
             raise ValueError(
                 f"sample: gradient=None does not track, and {', '.join(tracked)} requires grad."

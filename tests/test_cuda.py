@@ -5,21 +5,17 @@ import dataclasses
 import importlib.machinery
 import importlib.util
 import itertools
-import os
-import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from support.cuda import CORE, CUDA, WHY_NOT, gpu, needs_module
 from support.rows import (
     DTYPES,
     neutral,
@@ -32,70 +28,24 @@ from support.rows import (
     written,
 )
 
-from fastdiff import backends, noise
+from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
-from fastdiff.backends import cuda as cuda_module
 from fastdiff.plans import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
 
-ROOT = Path(__file__).resolve().parent.parent
-CORE, WHY_NOT = noise.cuda_core()
-CUDA = torch.device("cuda", 0)
-gpu = pytest.mark.gpu
-needs_module = pytest.mark.skipif(CORE is None, reason=str(WHY_NOT))
 SIZES = [0, 1, 3, 4, 16, 63, 65, 1023, 1024, 1025, 5000]
 
 
-# -- where the backend runs ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def host_core(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """csrc/cuda_kernels.h and the bindings, compiled for the host; misaligned accesses trap."""
-    pybind11 = pytest.importorskip("pybind11")
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    if shutil.which(compiler[0]) is None or sys.platform != "linux":
-        pytest.skip("needs a C++ compiler on Linux")
-    target = tmp_path_factory.mktemp("cuda_on_host") / "_cuda.so"
-    sources = [ROOT / "tests" / "cuda_on_host.cpp", ROOT / "csrc" / "cuda_bindings.cpp"]
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
-    flags = ["-shared", "-fPIC", "-std=c++17", "-O1", "-ffp-contract=off", "-fvisibility=hidden"]
-    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-Wall", "-Wextra"]
-    if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
-        flags.append("-mfma")
-    command = [*compiler, *flags, *(f"-I{i}" for i in includes), *map(str, sources)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
-    spec = importlib.util.spec_from_loader("_cuda", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(params=["host", pytest.param("gpu", marks=[gpu, needs_module])])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where registers lie: a GPU, or the CPU with the module that takes it for one."""
-    if request.param == "gpu":
-        return CUDA
-    core = request.getfixturevalue("host_core")
-    monkeypatch.setattr(cuda_module, "cuda_core", lambda: (core, None))
-    monkeypatch.setattr(cuda_module, "_DEVICE", "cpu")
-    monkeypatch.setattr(cuda_module, "_current_stream", lambda: lambda number: 0)
-    return torch.device("cpu")
-
-
-@pytest.fixture
-def usable() -> Iterator[None]:
-    """After the test the device still computes, and nothing was reported late."""
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        assert float(torch.ones(4, device=CUDA).sum()) == 4.0
-
-
 # -- rows and registers ----------------------------------------------------------------------------
+
+
+def fields(**changes: int) -> dict[str, int]:
+    """What the core is told of a bound stage with one row of no groups."""
+    names = "state network e history slots m copies bank entries scalars scalar_columns seeds terms"
+    names += " extras products measures stage_index offset row_index device"
+    own = dict.fromkeys(names.split(), 0)
+    own |= {"batch": 2, "size": 4, "x": 1 << 20, "bank_batch": 1, "table": 4096, "rows": 1}
+    own |= {"branches": 1, "width": Layout().width, "fault": 8192, "scale": 16384}
+    return own | changes
 
 
 def moved(tensor: torch.Tensor | None, device: torch.device, offset: int) -> torch.Tensor | None:
@@ -133,7 +83,7 @@ NOISY = Plan(
     times=(1.0, 0.0),
 )
 
-needs_cpu = pytest.mark.skipif(noise.native is None, reason="the CPU core is not built")
+needs_cpu = pytest.mark.skipif(_core.native is None, reason="the CPU core is not built")
 
 
 # -- the same bits as cpu --------------------------------------------------------------------------
@@ -157,10 +107,10 @@ def test_a_stage_gives_the_bits_of_the_cpu_backend(device, usable, state, out_dt
         out = random_output(rng, shape, layout, out_dtype)
         xi = registers.x.new_tensor(rng.normal(size=shape)) if case % 4 == 2 else None
         there = on(device, registers, offset)
-        run = backends.get("cuda").bind(there, table_of(row), layout)
-        run(0, moved(out, device, offset), moved(xi, device, offset))
-        backends.get("cpu").bind(registers, table_of(row), layout)(0, out, xi)
-        run.check()
+        bound = backends.get("cuda").bind(there, table_of(row), layout)
+        bound.run(0, moved(out, device, offset), moved(xi, device, offset))
+        backends.get("cpu").bind(registers, table_of(row), layout).run(0, out, xi)
+        bound.check()
         assert_same(there, registers, (case, dict(zip(layout.columns, row, strict=True))))
 
 
@@ -177,10 +127,10 @@ def test_each_sample_may_stand_at_its_own_row(device, size):
     out = random_output(rng, shape, layout, torch.bfloat16)
     index = torch.tensor([2, 0, 0, 4, 1, 1, 1, 3, 0])
     there = on(device, registers)
-    run = backends.get("cuda").bind(there, table_of(*rows), layout, index.to(device))
-    run(1, out.to(device), None)
-    backends.get("cpu").bind(registers, table_of(*rows), layout, index)(1, out, None)
-    run.check()
+    bound = backends.get("cuda").bind(there, table_of(*rows), layout, index.to(device))
+    bound.run(1, out.to(device), None)
+    backends.get("cpu").bind(registers, table_of(*rows), layout, index).run(1, out, None)
+    bound.check()
     assert_same(there, registers)
 
 
@@ -212,9 +162,9 @@ def test_strides_of_the_output_do_not_matter(device, view, drawing):
     if view == "transposed":
         assert not strided.is_contiguous()
     wanted = row.copy()
-    run = backends.get("cuda").bind(there, table_of(row.reshape(-1)), layout)
-    run(0, strided, None)
-    backends.get("cpu").bind(registers, table_of(wanted), layout)(0, out, None)
+    bound = backends.get("cuda").bind(there, table_of(row.reshape(-1)), layout)
+    bound.run(0, strided, None)
+    backends.get("cpu").bind(registers, table_of(wanted), layout).run(0, out, None)
     assert_same(there, registers)
 
 
@@ -229,8 +179,8 @@ def test_many_small_and_few_large_samples(device, shape, draws):
     registers = random_registers(rng, shape, torch.float32, layout, False, torch.bfloat16)
     out = random_output(rng, shape, layout, torch.bfloat16)
     there = on(device, registers)
-    backends.get("cuda").bind(there, table_of(row), layout)(0, out.to(device), None)
-    backends.get("cpu").bind(registers, table_of(row), layout)(0, out, None)
+    backends.get("cuda").bind(there, table_of(row), layout).run(0, out.to(device), None)
+    backends.get("cpu").bind(registers, table_of(row), layout).run(0, out, None)
     assert_same(there, registers)
 
 
@@ -250,8 +200,8 @@ def test_every_sixteen_bit_output_widens_and_every_next_input_rounds_as_on_cpu(d
             registers = Registers(x=torch.full(out.shape, torch.nan, dtype=state), m=m)
             there = on(device, registers)
             table = torch.tensor(plan.table)
-            backends.get("cuda").bind(there, table, plan.layout)(0, out.to(device), None)
-            backends.get("cpu").bind(registers, table, plan.layout)(0, out, None)
+            backends.get("cuda").bind(there, table, plan.layout).run(0, out.to(device), None)
+            backends.get("cpu").bind(registers, table, plan.layout).run(0, out, None)
             for a, b in zip(written(there), written(registers), strict=True):
                 a, nan = a.cpu(), b.isnan()  # which bits a NaN has is not promised
                 assert torch.equal(a.isnan(), nan)
@@ -270,7 +220,7 @@ def test_normals_are_those_of_every_backend(device, host_core, shape, dtype):
     for offset in (0, 1):
         z = shifted(torch.full(shape, torch.nan, dtype=dtype), offset)
         code = int(dtype == torch.float64)
-        host_core.normal(z.data_ptr(), code, seeds.data_ptr(), shape[0], shape[1], 7, 0, 0)
+        host_core.normal(z.data_ptr(), code, seeds.data_ptr(), *shape, 7, 0, 0, 0)
         assert raw(z) == raw(wanted)
 
 
@@ -292,7 +242,7 @@ def test_a_coefficient_of_zero_never_reads_its_register(device, indexed):
     )
     out = torch.cat([poison, torch.ones(2, 9, device=device)])
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
-    backends.get("cuda").bind(registers, table_of(row), layout, index)(0, out, None)
+    backends.get("cuda").bind(registers, table_of(row), layout, index).run(0, out, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 9), 2.0))
     assert torch.equal(registers.history[1].cpu(), torch.full((2, 9), 2.0))
     assert bool(registers.history[0].isnan().all())
@@ -301,20 +251,20 @@ def test_a_coefficient_of_zero_never_reads_its_register(device, indexed):
 def test_rows_are_read_from_the_table_on_the_device(device):
     table = torch.tensor(ONE_STAGE.table)
     registers = Registers(x=torch.ones(1, 8, device=device))
-    run = backends.get("cuda").bind(registers, table, ONE_STAGE.layout)
+    bound = backends.get("cuda").bind(registers, table, ONE_STAGE.layout)
     ones = torch.ones(1, 8, device=device)
-    run(0, ones, None)
+    bound.run(0, ones, None)
     assert torch.equal(registers.x.cpu(), torch.full((1, 8), 2.5))
     b_0 = ONE_STAGE.layout.columns.index("b_0")
-    run.table[0, b_0] = 0.0
-    run(0, ones * torch.nan, None)
+    bound.table[0, b_0] = 0.0
+    bound.run(0, ones * torch.nan, None)
     assert torch.equal(registers.x.cpu(), torch.full((1, 8), 1.25))
     table[0, b_0] = 1.0  # the host's, changed through PyTorch
-    run(0, ones, None)
+    bound.run(0, ones, None)
     assert torch.equal(registers.x.cpu(), torch.full((1, 8), 1.625))
     other = torch.tensor(ONE_STAGE.table)
-    run.refresh(other)
-    run(0, ones, None)
+    bound.refresh(other)
+    bound.run(0, ones, None)
     assert torch.equal(registers.x.cpu(), torch.full((1, 8), 2.8125))
 
 
@@ -322,9 +272,9 @@ def test_a_table_on_the_device_is_used_where_it_lies(device):
     table = torch.tensor(ONE_STAGE.table, device=device)
     if device.type == "cpu":
         pytest.skip("the host's own table is copied")
-    run = backends.get("cuda").bind(Registers(x=torch.ones(1, 8, device=device)), table,
+    bound = backends.get("cuda").bind(Registers(x=torch.ones(1, 8, device=device)), table,
                                     ONE_STAGE.layout)  # fmt: skip
-    assert run.table.data_ptr() == table.data_ptr()
+    assert bound.table.data_ptr() == table.data_ptr()
 
 
 @needs_cpu
@@ -334,12 +284,12 @@ def test_the_row_may_be_told_on_the_device(device):
     out = random_output(rng, (2, 40), NOISY.layout, torch.float32)
     there, table = on(device, registers), torch.tensor(NOISY.table)
     at = torch.zeros(1, dtype=torch.int64, device=device)
-    run = backends.get("cuda").bind(there, table, NOISY.layout, None, at)
+    bound = backends.get("cuda").bind(there, table, NOISY.layout, None, at)
     reference = backends.get("cpu").bind(registers, table, NOISY.layout)
     for row in (0, 1):
         at.fill_(row)
-        run(0, out.to(device), None)
-        reference(row, out, None)
+        bound.run(0, out.to(device), None)
+        reference.run(row, out, None)
         assert_same(there, registers)
 
 
@@ -351,13 +301,13 @@ def test_a_row_that_only_the_device_knows_is_refused_there(device, usable, bad):
         seeds=torch.arange(3, device=device),
     )
     index = torch.tensor([0, bad, 1], device=device)
-    run = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout, index)
-    run(0, torch.ones(3, 8, device=device), None)
+    bound = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout, index)
+    bound.run(0, torch.ones(3, 8, device=device), None)
     assert torch.equal(registers.x[1].cpu(), torch.ones(8))
     assert not torch.equal(registers.x[0].cpu(), torch.ones(8))
     with pytest.raises(IndexError, match=rf"\[0, 2\); got row {bad}"):
-        run.check()
-    run.check()
+        bound.check()
+    bound.check()
 
 
 @pytest.mark.parametrize(("name", "value"), [("push", 9.0), ("flags", 128.0), ("stream_1", np.nan)])
@@ -367,18 +317,18 @@ def test_a_row_made_illegal_on_the_device_writes_nothing(device, usable, name, v
         history=torch.ones(NOISY.slots, 3, 8, device=device),
         seeds=torch.arange(3, device=device),
     )
-    run = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout)
-    run.table[0, NOISY.layout.columns.index(name)] = value
-    run(0, torch.ones(3, 8, device=device), None)
+    bound = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout)
+    bound.table[0, NOISY.layout.columns.index(name)] = value
+    bound.run(0, torch.ones(3, 8, device=device), None)
     assert all(bool((t == 1.0).all()) for t in written(registers))
     with pytest.raises(ValueError, match="got row 0"):
-        run.check()
+        bound.check()
 
 
 def test_an_output_may_be_the_input_itself(device):
     registers = Registers(x=torch.arange(12.0, device=device).view(3, 4))
-    run = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
-    run(0, registers.x, None)
+    bound = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
+    bound.run(0, registers.x, None)
     assert torch.equal(registers.x.cpu(), 2.5 * torch.arange(12.0).view(3, 4))
 
 
@@ -396,7 +346,7 @@ def thresholded(
 ) -> torch.Tensor:
     plan = thresholds(quantile, floor)
     registers = Registers(x=torch.full_like(out, torch.nan, dtype=state))
-    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)(0, out, None)
+    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout).run(0, out, None)
     return registers.x.cpu()
 
 
@@ -483,14 +433,14 @@ def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
         there = on(device, registers, offset)
         given = wide.to(device)[:, offset : offset + size]
         at = int(index is None) * (case % 5)
-        run = backends.get("cuda").bind(
+        bound = backends.get("cuda").bind(
             there, table_of(*rows), layout, None if index is None else index.to(device)
         )
-        run(at, given if strided else moved(given, device, offset), None)
-        backends.get("cpu").bind(registers, table_of(*rows), layout, index)(
+        bound.run(at, given if strided else moved(given, device, offset), None)
+        backends.get("cpu").bind(registers, table_of(*rows), layout, index).run(
             at, wide[:, offset : offset + size], None
         )
-        run.check()
+        bound.check()
         assert_same(there, registers, case)
 
 
@@ -510,31 +460,31 @@ def test_rows_threshold_where_one_did_when_the_table_was_checked(device, usable,
     none[0, 0] = EVALUATE + WRITES_X
     registers = Registers(x=torch.ones(2, 8, device=device))
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
-    run = backends.get("cuda").bind(registers, none, plan.layout, index)
+    bound = backends.get("cuda").bind(registers, none, plan.layout, index)
     twos = torch.full((2, 8), 2.0, device=device)
-    run(0, twos, None)
-    run.check()
+    bound.run(0, twos, None)
+    bound.check()
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-    run.table.copy_(table)  # nothing is launched that would find the scales
-    run(0, twos + 1, None)
+    bound.table.copy_(table)  # nothing is launched that would find the scales
+    bound.run(0, twos + 1, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
     with pytest.raises(
         ValueError, match=r"when it was bound or refreshed; got row 0\. Call run\.re"
     ):
-        run.check()
-    run.refresh(table)
-    run(0, twos, None)
+        bound.check()
+    bound.refresh(table)
+    bound.run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
-    run.table[0, plan.layout.columns.index("floor")] = 4.0  # the floor
-    run(0, twos, None)
+    bound.table[0, plan.layout.columns.index("floor")] = 4.0  # the floor
+    bound.run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 0.5))
-    run.table.copy_(none)
-    run(0, twos, None)
+    bound.table.copy_(none)
+    bound.run(0, twos, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-    run.refresh(none)
-    run(0, twos + 1, None)
+    bound.refresh(none)
+    bound.run(0, twos + 1, None)
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 3.0))
-    run.check()
+    bound.check()
 
 
 def test_a_stage_without_elements_or_evaluation_thresholds_nothing(device):
@@ -549,9 +499,9 @@ def test_a_stage_without_elements_or_evaluation_thresholds_nothing(device):
         [0.5, 0.0, 0.0], dtype=torch.float64
     )
     registers = Registers(x=torch.full((2, 8), 4.0, device=device))
-    run = backends.get("cuda").bind(registers, table, plan.layout)
-    run(0, None, None)
-    run.check()
+    bound = backends.get("cuda").bind(registers, table, plan.layout)
+    bound.run(0, None, None)
+    bound.check()
     assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
 
 
@@ -571,11 +521,7 @@ def test_samples_too_large_to_count_are_refused(host_core):
     table, none = torch.tensor(plan.table), torch.tensor(ONE_STAGE.table)
 
     def stage(size: int) -> object:
-        return host_core.Stage(
-            state=0, network=0, batch=1, size=size, x=1 << 40, e=0, history=0, slots=0, m=0,
-            copies=0, extras=[], seeds=0, table=4096, rows=1, width=plan.layout.width,
-            terms=0, branches=1, stage_index=0, row_index=0, fault=8192, scale=16384, device=0,
-        )  # fmt: skip
+        return host_core.Stage(fields(x=1 << 40, batch=1, size=size))
 
     stage((1 << 32) - 1).check_table(table.data_ptr())
     stage(1 << 32).check_table(none.data_ptr())
@@ -627,9 +573,9 @@ def test_an_output_across_the_registers_is_refused(device, usable, view):
         "expanded": store[:4].expand(2, 4),
         "narrower": store[:4].view(torch.bfloat16).view(2, 4),
     }[view]
-    run = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
+    bound = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
     with pytest.raises(ValueError, match=r"overlap with x. Clone it"):
-        run(0, out, None)
+        bound.run(0, out, None)
     assert torch.equal(registers.x.cpu(), torch.ones(2, 4))
 
 
@@ -647,10 +593,10 @@ def test_an_output_across_the_registers_is_refused(device, usable, view):
 )
 def test_a_wrong_output_is_named(device, usable, out, xi, error, message):
     registers = Registers(x=torch.ones(2, 4, device=device))
-    run = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
+    bound = backends.get("cuda").bind(registers, torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
     out = out if out is None or out.is_meta else out.to(device)
     with pytest.raises(error, match=message):
-        run(0, out, xi if xi is None else xi.to(device))
+        bound.run(0, out, xi if xi is None else xi.to(device))
     assert torch.equal(registers.x.cpu(), torch.ones(2, 4))
 
 
@@ -658,9 +604,9 @@ def test_a_wrong_output_is_named(device, usable, out, xi, error, message):
 def test_a_row_outside_the_table_is_refused(device, usable, row):
     plan = Plan(stages=(Stage(t=1.0), Stage(t=0.5)), times=(1.0, 0.0))
     registers = Registers(x=torch.ones(2, 4, device=device))
-    run = backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
+    bound = backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
     with pytest.raises(IndexError, match=r"\[0, 2\)"):
-        run(row, torch.ones(2, 4, device=device), None)
+        bound.run(row, torch.ones(2, 4, device=device), None)
 
 
 @pytest.mark.parametrize(
@@ -681,10 +627,10 @@ def test_a_table_that_would_corrupt_memory_is_refused(device, usable, name, valu
     bad[1, NOISY.layout.columns.index(name)] = value
     with pytest.raises(ValueError, match=rf"{message}.*; got row 1"):
         backends.get("cuda").bind(registers, bad, NOISY.layout)
-    run = backends.get("cuda").bind(registers, good, NOISY.layout)
+    bound = backends.get("cuda").bind(registers, good, NOISY.layout)
     with pytest.raises(ValueError, match=message):
-        run.refresh(bad)
-    assert torch.equal(run.table.cpu(), good)
+        bound.refresh(bad)
+    assert torch.equal(bound.table.cpu(), good)
 
 
 def test_noise_without_seeds_is_refused_before_the_launch(device, usable):
@@ -693,29 +639,21 @@ def test_noise_without_seeds_is_refused_before_the_launch(device, usable):
     )
     ones = torch.ones(2, 8, device=device)
     for index in (None, torch.zeros(2, dtype=torch.int64, device=device)):
-        run = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout, index)
+        bound = backends.get("cuda").bind(registers, torch.tensor(NOISY.table), NOISY.layout, index)
         with pytest.raises(ValueError, match=r"Registers\.seeds or give xi"):
-            run(0, ones, None)
-        run(0, ones, ones.clone())
+            bound.run(0, ones, None)
+        bound.run(0, ones, ones.clone())
 
 
 def test_sizes_that_overflow_are_refused(host_core):
-    layout = Layout(terms=0)
-    table = torch.zeros(1, layout.width, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"2\^63 bytes"):
-        host_core.Stage(
-            state=0, network=0, batch=1 << 40, size=1 << 40, x=4096, e=0, history=0, slots=0, m=0,
-            copies=0, extras=[], seeds=0, table=table.data_ptr(), rows=1, width=layout.width,
-            terms=0, branches=1, stage_index=0, row_index=0, fault=4096, scale=4096,
-            device=0,
-        )  # fmt: skip
+        host_core.Stage(fields(batch=1 << 40, size=1 << 40))
     with pytest.raises(ValueError, match="multiple of its element's size"):
-        host_core.Stage(
-            state=0, network=0, batch=2, size=4, x=4098, e=0, history=0, slots=0, m=0,
-            copies=0, extras=[], seeds=0, table=table.data_ptr(), rows=1, width=layout.width,
-            terms=0, branches=1, stage_index=0, row_index=0, fault=8192, scale=12288,
-            device=0,
-        )  # fmt: skip
+        host_core.Stage(fields(x=(1 << 20) + 2))
+    with pytest.raises(TypeError, match="none for seeds"):
+        host_core.Stage({name: v for name, v in fields().items() if name != "seeds"})
+    with pytest.raises(TypeError, match="got 1 others"):
+        host_core.Stage(fields(unheard=0))
 
 
 # -- where there is no device ----------------------------------------------------------------------
@@ -746,7 +684,7 @@ def test_without_a_driver_the_module_imports_and_a_launch_says_what_is_missing()
 
 def test_without_the_module_status_says_how_to_build_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastdiff._cuda", None)
-    noise.cuda_core.cache_clear()
+    _core.cuda_core.cache_clear()
     try:
         assert "FASTDIFF_CUDA=1 pip install" in backends.status()["cuda"]
         with pytest.raises(RuntimeError, match="FASTDIFF_CUDA=1 pip install"):
@@ -755,7 +693,7 @@ def test_without_the_module_status_says_how_to_build_it(monkeypatch):
             )
     finally:
         monkeypatch.undo()
-        noise.cuda_core.cache_clear()
+        _core.cuda_core.cache_clear()
 
 
 # -- machine code ----------------------------------------------------------------------------------
@@ -852,18 +790,18 @@ def test_stages_run_on_the_current_stream():
     results = []
     for stream in streams:
         there = on(CUDA, registers)
-        run = backends.get("cuda").bind(there, table, NOISY.layout)
+        bound = backends.get("cuda").bind(there, table, NOISY.layout)
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(10_000_000)  # what escapes the stream runs before this is over
             late = given * 1.0
             for row in (0, 1):
-                run(row, late, None)
+                bound.run(row, late, None)
         results.append(there)
     torch.cuda.synchronize()
     reference = backends.get("cpu").bind(registers, table, NOISY.layout)
     for row in (0, 1):
-        reference(row, out, None)
+        reference.run(row, out, None)
     for there in results:
         assert_same(there, registers)
 
@@ -882,12 +820,12 @@ def test_registers_on_another_device_than_the_current_one():
     )
     there = on(other, registers)
     with torch.cuda.device(0):
-        backends.get("cuda").bind(there, table, NOISY.layout)(0, out.to(other), None)
+        backends.get("cuda").bind(there, table, NOISY.layout).run(0, out.to(other), None)
         assert torch.cuda.current_device() == 0
-    backends.get("cpu").bind(registers, table, NOISY.layout)(0, out, None)
+    backends.get("cpu").bind(registers, table, NOISY.layout).run(0, out, None)
     assert_same(there, registers)
     with pytest.raises(ValueError, match="lies on cuda:1"):
-        backends.get("cuda").bind(there, table, NOISY.layout)(0, out.to(CUDA), None)
+        backends.get("cuda").bind(there, table, NOISY.layout).run(0, out.to(CUDA), None)
 
 
 @gpu
@@ -901,28 +839,28 @@ def test_replay_reads_the_new_table(indexed):
     index = torch.tensor([1, 0, 1]) if indexed else None
     there, given = on(CUDA, registers), out.to(CUDA)
     at = torch.zeros(1, dtype=torch.int64, device=CUDA)
-    run = backends.get("cuda").bind(
+    bound = backends.get("cuda").bind(
         there, table, NOISY.layout, index.to(CUDA) if indexed else None, at
     )
     start = on(CUDA, registers)
     side = torch.cuda.Stream(CUDA)
     side.wait_stream(torch.cuda.current_stream(CUDA))
     with torch.cuda.stream(side):
-        run(0, given, None)
+        bound.run(0, given, None)
     torch.cuda.current_stream(CUDA).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(0, given, None)
+        bound.run(0, given, None)
     for change in range(3):
         table[:, NOISY.layout.columns.index("b_0")] = 0.1 * change
-        run.table.copy_(table)
+        bound.table.copy_(table)
         row = 0 if indexed else change % 2
         at.fill_(row)
         for a, b in zip(written(there), written(start), strict=True):
             a.copy_(b)
         expected = on(CPU, start)
         expected.seeds.copy_(registers.seeds)
-        backends.get("cpu").bind(expected, table, NOISY.layout, index)(row, out, None)
+        backends.get("cpu").bind(expected, table, NOISY.layout, index).run(row, out, None)
         graph.replay()
         assert_same(there, expected)
         for a in written(there):
@@ -947,30 +885,30 @@ def test_a_replay_thresholds_by_the_new_table(state, indexed):
     there, start, given = on(CUDA, registers), on(CUDA, registers), outs[0].to(CUDA)
     table = table_of(*rows)
     table[:, 6:8] = torch.tensor([0.9, 0.5])
-    run = backends.get("cuda").bind(
+    bound = backends.get("cuda").bind(
         there, table, layout, None if index is None else index.to(CUDA), at
     )
     side = torch.cuda.Stream(CUDA)
     side.wait_stream(torch.cuda.current_stream(CUDA))
     with torch.cuda.stream(side):
-        run(0, given, None)
+        bound.run(0, given, None)
     torch.cuda.current_stream(CUDA).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run(0, given, None)
+        bound.run(0, given, None)
     for change, pair in enumerate([(0.3, 0.01), (0.995, 0.5), (1.0, 2.0)]):
         table[:, 6:8] = torch.tensor(pair)
         table[1, 0] = EVALUATE + WRITES_X + (THRESHOLD if change else 0)
-        run.table.copy_(table)
+        bound.table.copy_(table)
         given.copy_(outs[change])
         row = 0 if indexed else change % 2
         at.fill_(row)
         for a, b in zip(written(there), written(start), strict=True):
             a.copy_(b)
         expected = on(CPU, start)
-        backends.get("cpu").bind(expected, table, layout, index)(row, outs[change], None)
+        backends.get("cpu").bind(expected, table, layout, index).run(row, outs[change], None)
         graph.replay()
-        run.check()
+        bound.check()
         assert_same(there, expected, change)
         for a in written(there):
             a.fill_(torch.nan)
@@ -981,15 +919,15 @@ def test_a_replay_thresholds_by_the_new_table(state, indexed):
 def test_a_table_changed_during_a_capture_is_refused():
     table = torch.tensor(ONE_STAGE.table)
     registers = Registers(x=torch.ones(1, 8, device=CUDA))
-    run = backends.get("cuda").bind(registers, table, ONE_STAGE.layout)
+    bound = backends.get("cuda").bind(registers, table, ONE_STAGE.layout)
     out = torch.ones(1, 8, device=CUDA)
     table.mul_(1.0)
     with (
         pytest.raises(RuntimeError, match="before a capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        run(0, out, None)
-    run(0, out, None)
+        bound.run(0, out, None)
+    bound.run(0, out, None)
     torch.cuda.synchronize()
 
 
@@ -1003,8 +941,10 @@ def test_more_elements_than_a_32_bit_index_counts():
     x = torch.ones(1, size, device=CUDA)
     out = torch.ones(1, size, dtype=torch.bfloat16, device=CUDA)
     out[0, -3:] = 3.0
-    run = backends.get("cuda").bind(Registers(x=x), torch.tensor(ONE_STAGE.table), ONE_STAGE.layout)
-    run(0, out, None)
-    run.check()
+    bound = backends.get("cuda").bind(
+        Registers(x=x), torch.tensor(ONE_STAGE.table), ONE_STAGE.layout
+    )
+    bound.run(0, out, None)
+    bound.check()
     assert bool((x[0, :-3] == 2.5).all())
     assert x[0, -3:].tolist() == [6.5, 6.5, 6.5]

@@ -184,16 +184,29 @@ def test_a_plan_without_evaluations_has_the_gradient_of_its_updates(backend):
     assert torch.equal(torch.autograd.grad(out.sum(), extra)[0], a_extra)
 
 
-def test_rows_that_have_no_transpose_are_refused_before_they_run():
+def test_rows_without_a_transpose_are_refused_before_they_run():
     calls = []
-    plan = stages_of({"b": (0.5,), "b_raw": 0.25})
+    measure = fd.Measure(0, fd.Reduction("norm", ("x",)))
+    plan = stages_of({"b": (0.5,), "measures": (measure,), "scalars": (("b_0", 0),)})
     x = torch.randn(3, 5, dtype=F64, requires_grad=True)
-    try:
-        plan.transpose()
-    except NotImplementedError as error:
-        with pytest.raises(NotImplementedError, match=str(error)[:40]):
-            fd.sample(lambda x, t: calls.append(1) or x, x, plan, gradient="discrete")
-        assert calls == []
+    for gradient in (fd.Discrete(), fd.Discrete(checkpoint=1)):
+        with pytest.raises(NotImplementedError, match=r"transpose: .*backprop"):
+            fd.sample(lambda x, t: calls.append(1) or x, x, plan, gradient=gradient)
+    with pytest.raises(NotImplementedError, match="measures of the samples are not part of"):
+        fd.sample(lambda x, t: calls.append(1) or x, x, plan, gradient=fd.AdjointDEIS(schedule=VP))
+    assert calls == []
+
+
+def test_an_entry_that_multiplies_the_state_has_no_gradient_in_the_table():
+    calls = []
+    plan = stages_of({"b": (0.5,), "products": (fd.Product("x", 0.5, 0, "x"),)})
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    extra = torch.ones(5, dtype=F64, requires_grad=True)
+    with pytest.raises(NotImplementedError, match=r"got extras\[0\] that requires grad.*backprop"):
+        fd.sample(
+            *(lambda x, t: calls.append(1) or x, x, plan), extras=[extra], gradient="discrete"
+        )  # fmt: skip
+    assert calls == []
 
 
 # -- the exact gradient ----------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captured gradients: a run and its backward pass as two graphs; and gradients on a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from support.gradients import BACKENDS, F64, apart, net_of, plan_of
@@ -51,6 +53,64 @@ def test_a_captured_gradient_equals_the_eager_one(net, recorder, solver, gradien
             net.linear.weight.mul_(0.9)  # in place: the graphs read it where it lies
     stats = sampler.stats()
     assert (stats.captures, stats.replays) == (1, 2 + 3 * 2)  # one pair to compare with
+
+
+@needs_core
+@pytest.mark.parametrize("scale", [2.0, [1.0, 2.0, 3.0], torch.tensor([1.0, 2.0, 3.0])])
+def test_a_captured_gradient_reaches_all_that_an_eager_one_does(net, recorder, scale):
+    """The bank, a conditioning of one value a stage, both branches, and noise."""
+    stages = tuple(
+        fd.Stage(t=1.0 - i / 3, c_in=0.8, b=(0.4,), r=(0.3,), c=0.2, noise=((i + 1, 1.0),))
+        for i in range(3)
+    )
+    plan = fd.Plan(stages, (1.0, 0.0))
+    samplers = [fd.Sampler(net, plan, gradient="discrete", graph=graph) for graph in (None, "loop")]
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(n, generator=generator, dtype=F64) for n in ((3, 5), (3, 3), (1, 5))]
+        none, results = torch.randn(3, generator=generator, dtype=F64), []
+        for sampler in samplers:
+            x, y, extra, uncond = (v.clone().requires_grad_() for v in (*values, none))
+            sampler.set_plan(plan, fd.CFG(scale, {"y": uncond}))
+            out = sampler(x, {"y": fd.PerStage(y)}, extras=[extra], seed=seed)
+            wanted = (x, y, extra, uncond, net.linear.weight)
+            results.append([out.detach(), *torch.autograd.grad(out.square().sum(), wanted)])
+        assert all(map(torch.equal, *results))
+
+
+@needs_core
+@GRADIENTS
+def test_a_captured_network_that_writes_to_its_input_is_refused(net, recorder, gradient):
+    sampler = fd.Sampler(lambda x, t: net(x.mul_(0.5), t), plan_of(), gradient=gradient,
+                         graph="loop", params=net)  # fmt: skip
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    with pytest.raises(ValueError, match="wrote to its input in place"):
+        sampler(x)
+
+
+@needs_core
+def test_threads_that_share_a_captured_gradient_are_right_or_told(net, recorder):
+    """Each call replays alone; what it keeps for its backward pass another call overwrites."""
+    sampler = fd.Sampler(net, plan_of(), gradient="discrete", graph="loop")
+    eager = fd.Sampler(net, plan_of(), gradient="discrete", graph=None)
+    values = [torch.randn(3, 5, dtype=F64) for _ in range(4)]
+
+    def found(run, value):
+        x = value.clone().requires_grad_()
+        out = run(x)
+        try:
+            return out.detach(), torch.autograd.grad(out.sum(), x)[0], ""
+        except RuntimeError as error:
+            return out.detach(), None, str(error)
+
+    expected = [found(eager, value) for value in values]
+    found(sampler, values[0])
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for k, got in enumerate(pool.map(lambda v: found(sampler, v), values)):
+                assert torch.equal(got[0], expected[k][0])
+                told = "after the sampler was called again" in got[2]
+                assert told if got[1] is None else torch.equal(got[1], expected[k][1])
 
 
 @needs_core

@@ -337,6 +337,23 @@ def test_a_tensor_inside_another_object_is_refused(gradient):
     assert x.grad.isfinite().all()
 
 
+def test_a_tensor_deep_inside_another_object_is_never_a_silent_zero(net):
+    deep = torch.ones(5, dtype=F64, requires_grad=True)
+
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, t, c):
+            return self.net(x + c.shift[0] if t[0] < 0.3 else x, t)
+
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    out = fd.sample(Late(), x, plan_of(), cond={"c": Opaque([deep])}, gradient="discrete")
+    with pytest.raises(ValueError, match=r"nobody named, of shape \(5,\)"):
+        out.sum().backward()
+
+
 def test_an_extra_register_has_its_gradient_in_its_own_shape(net):
     stages = tuple(fd.Stage(t=1.0 - i / 3, b=(0.4,), r=(0.3 * i, 0.2)) for i in range(3))
     plan, x, results = fd.Plan(stages, (1.0, 0.0)), torch.randn(3, 5, dtype=F64), []

@@ -172,6 +172,21 @@ def test_tensors_that_nobody_named_are_refused(net):
     assert torch.autograd.grad(out.sum(), outside)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("gradient", ["discrete", fd.Discrete(checkpoint=2), fd.AdjointDEIS(2)])
+def test_tensors_that_nobody_named_are_refused_at_later_stages_too(gradient):
+    outside = torch.ones(5, dtype=F64, requires_grad=True)
+    x = torch.randn(3, 5, dtype=F64, requires_grad=True)
+
+    def network(x, t):
+        return torch.tanh(x * outside if t[0] < 0.3 else x)
+
+    out = fd.sample(network, x, plan_of(), gradient=gradient)
+    with pytest.raises(ValueError, match=r"nobody named, of shape \(5,\)"):
+        out.sum().backward()
+    out = fd.sample(network, x, plan_of(), gradient=gradient, params=[outside])
+    assert float(torch.autograd.grad(out.sum(), outside)[0].abs().min()) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [

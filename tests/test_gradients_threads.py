@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable calls at once, inside one another and on other threads leave each other alone."""
 
+import contextlib
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +13,13 @@ from support.gradients import F64, net_of, plan_of
 from torch import nn
 
 import fastdiff as fd
+from fastdiff.engine.call import Call
+from fastdiff.engine.job import Job
+from fastdiff.engine.leases import Leases
+from fastdiff.engine.loops import Written
+from fastdiff.gradients import Pools, differentiable
+from fastdiff.gradients.pools import Recent
+from fastdiff.guidance import UNGUIDED
 
 WAYS = pytest.mark.parametrize(
     "gradient",
@@ -170,3 +180,92 @@ def test_random_numbers_that_cannot_be_drawn_again_are_refused(gradient):
     torch.manual_seed(3)
     (second,) = torch.autograd.grad((sampler(x) * weights).sum(), x)
     assert torch.equal(first, second)
+
+
+# -- whose runs they are ---------------------------------------------------------------------------
+
+
+class Counted(Leases):
+    """Leases that count what is lent and what came back."""
+
+    def __init__(self, specs=1):
+        super().__init__(specs)
+        self.lent = self.back = 0
+
+    def lend(self, spec, recorded=False):
+        self.lent += 1
+        return super().lend(spec, recorded)
+
+    def give_back(self, run, recorded=False):
+        self.back += 1
+        super().give_back(run, recorded)
+
+
+@WAYS
+def test_every_run_comes_back_and_one_that_was_written_to_is_given_up(gradient):
+    net, x = net_of(), torch.ones(3, 5, dtype=F64, requires_grad=True)
+    calls, broken, plan = [], {}, plan_of("ddim", 4)
+
+    def network(x, t):
+        calls.append(1)
+        what = broken.get(len(calls))
+        if what == "error":
+            raise KeyError("broken")
+        if what == "write":
+            x.detach().mul_(2.0)
+        return net(x, t)
+
+    def left():
+        """Runs that one call and its backward pass leave lent."""
+        calls.clear()
+        pools, job = Pools(Counted(), Counted(specs=4)), Job(network, plan, UNGUIDED)
+        told = contextlib.nullcontext()
+        if broken:
+            told = pytest.raises(KeyError if "error" in broken.values() else Written)
+        with told:
+            out = differentiable(job, gradient, Call(x), pools, tuple(net.linear.parameters()))
+            torch.autograd.grad(out.sum(), x)
+        return sum(leases.lent - leases.back for leases in (pools.forward, pools.backward))
+
+    assert left() == 0
+    for call in range(1, len(calls) + 1):
+        broken[call] = "error"
+        assert left() == 0, call
+        broken[call] = "write"
+        assert left() >= 1, call
+        broken.clear()
+
+
+def test_a_trace_holds_nothing_of_its_sampler():
+    net, x = net_of(), torch.ones(3, 5, dtype=F64, requires_grad=True)
+    sampler = fd.Sampler(net, plan_of(), gradient=fd.Discrete(checkpoint=2))
+    (expected,) = torch.autograd.grad(sampler(x).sum(), x)
+    loss = sampler(x).sum()
+    gone = weakref.ref(sampler)
+    sampler.set_plan(plan_of("ddim", 3))
+    sampler.release()
+    del sampler
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_what_is_worked_out_from_a_plan_is_made_once_and_forgotten_in_order():
+    recent, made = Recent(), []
+    plans = [plan_of("ddim", 2) for _ in range(20)]
+
+    def get(plan, key="adjoint"):
+        return recent.get(plan, key, lambda: (made.append(plan), len(made))[1])
+
+    assert get(plans[0]) == get(plans[0]) == 1
+    assert get(plans[0], "table") == 2
+    assert get(plans[1]) == 3  # equal, and another plan
+    for plan in plans:
+        get(plan)
+    count = len(made)
+    assert get(plans[-1]) == count
+    get(plans[0])
+    assert len(made) == count + 1
+    recent.clear()
+    get(plans[0])
+    assert len(made) == count + 2

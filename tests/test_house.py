@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # Lowest first. A module imports from the rooms below its own, and inside its own without a cycle.
 FLOORS = (
     ("_text", "_files"),
-    ("_core", "_native", "_cuda"),
     ("schedules",),
     ("grids", "plans"),
+    ("_core", "_native", "_cuda"),
     ("noise", "kernels"),
     ("solvers", "backends", "conditioning"),
     ("guidance",),

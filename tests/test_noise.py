@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.core import native, needs_core
 
-from fastdiff import noise
+from fastdiff import _core, noise
 from fastdiff.plans import Plan, Stage
 
 # Random123, kat_vectors, philox4x32 with 10 rounds: counter, key, words.
@@ -36,7 +36,7 @@ SHAPES = [(1, 1), (3, 5), (2, 3, 4), (64, 16), (5, 63), (3, 64), (2, 255), (2, 2
 
 @pytest.fixture
 def without_core(monkeypatch):
-    monkeypatch.setattr(noise, "native", None)
+    monkeypatch.setattr(_core, "native", None)
 
 
 def integers(text: str) -> list[int]:

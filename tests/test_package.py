@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package as a whole: what it imports, exports, ships and does without its compiled part."""
 
-import ast
 import importlib
 import importlib.metadata
 import json
@@ -15,17 +14,6 @@ import pytest
 import fastdiff as fd
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Lowest first. A module imports from lower layers and from its own. The package itself (""),
-# which gathers the names of those below it, is open to the last layer only.
-LAYERS = (
-    {"_files", "_text", "_native", "kernels"},
-    {"schedules", "grids", "plan", "noise", "transpose"},
-    {"solvers", "backends"},
-    {"sampler", "guidance", "graphs", "gradients", "traced", "batcher", "reference"},
-    {""},
-    {"integrations", "models", "search", "cli"},
-)
 
 
 def run_python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -53,86 +41,6 @@ def test_import_brings_in_only_torch_numpy_and_the_standard_library():
     assert done.returncode == 0, done.stderr
     new = set(json.loads(done.stdout)) - set(sys.stdlib_module_names)
     assert new - {"numpy", "torch"} == {"fastdiff"}
-
-
-def layer_of(module: str) -> int | None:
-    """The layer of a dotted module of fastdiff; None where it stands in none."""
-    name = module.removeprefix("fastdiff").removeprefix(".").split(".")[0]
-    return next((i for i, names in enumerate(LAYERS) if name in names), None)
-
-
-def imported_modules(source: str, package: str) -> list[str]:
-    """Modules of fastdiff that `source`, a file of `package`, imports anywhere, dotted in full."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*parents, base] if base else parents)
-            # `from fastdiff import plan` imports the module, `from fastdiff import Plan` a name
-            for alias in node.names:
-                is_module = base == "fastdiff" and layer_of(f"fastdiff.{alias.name}") is not None
-                found.append(f"{base}.{alias.name}" if is_module else base)
-    return [name for name in found if name.split(".")[0] == "fastdiff"]
-
-
-def broken_layers(source: str, module: str, package: str) -> list[str]:
-    """A sentence for every import by which `module` reaches above its layer."""
-    own = layer_of(module)
-    if own is None:
-        return [f"{module} stands in no layer: add it to LAYERS"]
-    broken = []
-    for name in imported_modules(source, package):
-        other = layer_of(name)
-        if other is None:
-            broken.append(f"{module} imports {name}, which stands in no layer")
-        elif other > own:
-            broken.append(f"{module} (layer {own}) imports {name} (layer {other})")
-    return broken
-
-
-def test_modules_import_only_from_their_own_layer_and_below():
-    broken = []
-    for folder, name in ((ROOT / "fastdiff", "fastdiff"), (ROOT / "kernels", "fastdiff.kernels")):
-        for path in sorted(folder.rglob("*.py")):
-            parts = [name, *path.relative_to(folder).with_suffix("").parts]
-            is_package = parts[-1] == "__init__"
-            module = ".".join(parts[:-1] if is_package else parts)
-            if module == "fastdiff":
-                continue
-            package = module if is_package else module.rpartition(".")[0]
-            broken += broken_layers(path.read_text(encoding="utf-8"), module, package)
-    assert broken == []
-
-
-@pytest.mark.parametrize(
-    ("source", "module", "package", "count"),
-    [
-        ("from ..plan import Layout", "fastdiff.backends.base", "fastdiff.backends", 0),
-        ("from . import base", "fastdiff.backends.torch", "fastdiff.backends", 0),
-        ("from .. import grids", "fastdiff.solvers", "fastdiff.solvers", 0),
-        ("from . import plan", "fastdiff.sampler", "fastdiff", 0),
-        ("from .plan import Plan", "fastdiff.noise", "fastdiff", 0),
-        ("import torch\nimport numpy as np", "fastdiff.plan", "fastdiff", 0),
-        ("import fastdiff as fd", "fastdiff.cli", "fastdiff", 0),
-        ("from fastdiff.models import digits", "fastdiff.cli", "fastdiff", 0),
-        ("from .solvers import get", "fastdiff.plan", "fastdiff", 1),
-        ("from . import sampler", "fastdiff.schedules", "fastdiff", 1),
-        ("from ..sampler import sample", "fastdiff.solvers.deis", "fastdiff.solvers", 1),
-        ("def f():\n    from fastdiff import cli", "fastdiff.sampler", "fastdiff", 1),
-        ("import fastdiff.backends.torch", "fastdiff.plan", "fastdiff", 1),
-        ("import fastdiff", "fastdiff.solvers.deis", "fastdiff.solvers", 1),
-        ("from . import Plan", "fastdiff.sampler", "fastdiff", 1),
-        ("from fastdiff import Plan", "fastdiff.solvers.deis", "fastdiff.solvers", 1),
-        ("from .unheard import f", "fastdiff.plan", "fastdiff", 1),
-        ("", "fastdiff.unheard", "fastdiff", 1),
-    ],
-)
-def test_the_layer_check_finds_what_is_broken(source, module, package, count):
-    assert len(broken_layers(source, module, package)) == count
 
 
 def test_the_compiled_core_includes_no_torch_headers():
@@ -170,7 +78,7 @@ def test_a_name_missing_from_fastdiff_kernels_is_an_ordinary_error():
 PUBLIC = {
     "fastdiff": "AdjointDEIS Batcher CFG Discrete Graph Measure PerStage Plan Product Reduction "
     "Sampler Stage backends grids models noise plan sample schedules solvers",
-    "fastdiff.backends": "Backend Registers RunStage choose get names status",
+    "fastdiff.backends": "Backend BoundStage Registers choose get names status",
     "fastdiff.grids": "build names",
     "fastdiff.models": "DigitsClassifier DigitsDiT EmpiricalDenoiser ExactModel GaussianMixture "
     "digits digits_classifier digits_data",

@@ -2,8 +2,10 @@
 """Plans: validation, the packed table, and files."""
 
 import dataclasses
+import gc
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -399,3 +401,18 @@ def test_print_shows_products_measures_and_what_the_limit_leaves():
     assert shown[3].endswith("x' = x + 0.5 h + 0.1 H1 + 0.1 y + R2 (all before) + R2 xi")
     assert lines[6].strip() == "y = out"
     assert shown[5].endswith("x' = x + 0.5 h + R2 H2")
+
+
+def test_a_handle_names_one_plan_as_long_as_it_lives():
+    plan, equal = two(), two()
+    assert plan == equal
+    assert plan.handle != equal.handle
+    assert fd.plans.living(plan.handle) is plan
+    copied = pickle.loads(pickle.dumps(plan))
+    assert copied == plan
+    assert fd.plans.living(copied.handle) is copied
+    handle = equal.handle
+    del equal
+    gc.collect()
+    with pytest.raises(KeyError):
+        fd.plans.living(handle)

@@ -24,9 +24,8 @@ from support.rows import (
     written,
 )
 
-from fastdiff import backends, noise
+from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
-from fastdiff.backends import cpu as cpu_module
 from fastdiff.plans import (
     AT_E,
     CLIP,
@@ -71,7 +70,7 @@ def run_once(
 ) -> Registers:
     """A copy of the registers after one stage."""
     after = copied(registers)
-    backends.get(name).bind(after, table_of(row), layout)(0, out, xi)
+    backends.get(name).bind(after, table_of(row), layout).run(0, out, xi)
     return after
 
 
@@ -225,12 +224,12 @@ def test_packed_plans_run_as_their_stages_say(name):
     registers = random_registers(rng, (2, 40), torch.float64, layout, with_e=True)
     registers.history.fill_(torch.nan)
     table = torch.from_numpy(plan.pack((2.0, -1.0)))
-    run = backends.get(name).bind(registers, table, layout)
+    bound = backends.get(name).bind(registers, table, layout)
 
     x, e, past = registers.x.clone(), None, []
     for n, s in enumerate(stages):
         out = random_output(rng, (2, 40), layout, torch.float32)
-        run(n, out if s.evaluate else None, None)
+        bound.run(n, out if s.evaluate else None, None)
         point = x if e is None else e
         h = [s.p * point + s.q * (2.0 * out[:2].double() - out[2:].double())] if s.evaluate else [x]
         z = [noise.normal((2, 40), registers.seeds, k, dtype=torch.float64) for k, _ in s.noise]
@@ -343,7 +342,7 @@ def test_sixteen_bit_outputs_widen_exactly(instruction_set):
         for count in (2**16, 2**16 - 1):  # the last elements run one by one
             out = patterns[:count].view(dtype).view(1, -1)
             registers = Registers(x=torch.full((1, count), torch.nan, dtype=state))
-            backends.get("cpu").bind(registers, torch.tensor(row[None]), layout)(0, out, None)
+            backends.get("cpu").bind(registers, torch.tensor(row[None]), layout).run(0, out, None)
             assert torch.equal(registers.x.nan_to_num(1e9), out.to(state).nan_to_num(1e9) + 0.0)
 
 
@@ -361,7 +360,7 @@ def test_the_next_input_is_rounded_to_nearest_even(instruction_set):
     for state, dtype in itertools.product(DTYPES[:2], DTYPES):
         x = values.to(state).view(1, -1)
         m = torch.zeros(3 * x.shape[0], x.shape[1], dtype=dtype)
-        backends.get("cpu").bind(Registers(x=x, m=m), table, layout)(0, None, None)
+        backends.get("cpu").bind(Registers(x=x, m=m), table, layout).run(0, None, None)
         wanted = x.to(dtype)
         number = ~wanted.isnan()[0]
         for copy in m:
@@ -425,7 +424,7 @@ def thresholds(quantile: float, floor: float, **fields) -> Plan:
 def thresholded(name: str, out: torch.Tensor, quantile: float, floor: float) -> torch.Tensor:
     plan = thresholds(quantile, floor)
     registers = Registers(x=torch.full_like(out, torch.nan))
-    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)(0, out, None)
+    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout).run(0, out, None)
     return registers.x
 
 
@@ -501,7 +500,7 @@ def test_rows_with_a_threshold_run_alike_on_cpu_and_torch(instruction_set, state
         results = []
         for name in ("cpu", "torch"):
             after = copied(registers)
-            backends.get(name).bind(after, table_of(*rows), layout, index)(
+            backends.get(name).bind(after, table_of(*rows), layout, index).run(
                 int(index is None), out, None
             )
             results.append(written(after))
@@ -526,7 +525,7 @@ def test_a_thresholded_sample_depends_on_nothing_but_itself(instruction_set, thr
         for count, out in itertools.product((1, 2, 5), (wide[:, 1:], wide[:, 1:].contiguous())):
             threads(count)
             after = copied(registers)
-            backends.get("cpu").bind(after, table, layout)(0, out, None)
+            backends.get("cpu").bind(after, table, layout).run(0, out, None)
             results.append(written(after))
         for result in results[1:]:
             assert all(same(a, b) for a, b in zip(results[0], result, strict=True))
@@ -537,7 +536,7 @@ def test_a_thresholded_sample_depends_on_nothing_but_itself(instruction_set, thr
                 seeds=registers.seeds[b : b + 1],
             )
             out = wide[b::5, 1:].contiguous()
-            backends.get("cpu").bind(alone, table, layout)(0, out, None)
+            backends.get("cpu").bind(alone, table, layout).run(0, out, None)
             assert same(alone.x[0], results[0][0][b])
             assert same(alone.m, results[0][2][b::5])
 
@@ -561,12 +560,12 @@ def test_the_history_keeps_the_thresholded_output(name):
     )
     plan = Plan(stages=stages, times=(1.0, 0.0), variable="x0")
     registers = Registers(x=torch.zeros(2, 50), history=torch.full((plan.slots, 2, 50), torch.nan))
-    run = backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)
+    bound = backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)
     out = torch.randn(2, 50)
-    run(0, out, None)
+    bound.run(0, out, None)
     first = registers.x.clone()
     assert float(first.abs().max()) == 1.0
-    run(1, out, None)
+    bound.run(1, out, None)
     assert same(registers.x, first)
 
 
@@ -588,7 +587,7 @@ def test_nan_in_one_sample_stays_there(name):
 def test_a_stage_without_evaluation_thresholds_nothing(name):
     plan = thresholds(0.5, 0.1, evaluate=False, a_x=0.5, b=())
     registers = Registers(x=torch.full((2, 8), 4.0))
-    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout)(0, None, None)
+    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout).run(0, None, None)
     assert bool((registers.x == 2.0).all())
 
 
@@ -606,7 +605,7 @@ def test_each_sample_may_stand_at_its_own_row(name):
     out = random_output(rng, (5, 70), layout, torch.bfloat16)
     index = torch.tensor([2, 0, 0, 4, 1])
     after = copied(registers)
-    backends.get(name).bind(after, table_of(*rows), layout, index)(1, out, None)
+    backends.get(name).bind(after, table_of(*rows), layout, index).run(1, out, None)
     for b in range(5):
         wanted = run_once(name, registers, rows[1 + int(index[b])], layout, out)
         assert same(after.x[b], wanted.x[b])
@@ -655,11 +654,11 @@ def test_the_table_is_read_at_every_call(name):
     plan = Plan(stages=(Stage(t=1.0, a_x=0.5, b=(2.0,)),), times=(1.0, 0.0))
     table = torch.tensor(plan.table)
     registers = Registers(x=torch.ones(1, 8))
-    run = backends.get(name).bind(registers, table, plan.layout)
-    run(0, torch.ones(1, 8), None)
+    bound = backends.get(name).bind(registers, table, plan.layout)
+    bound.run(0, torch.ones(1, 8), None)
     assert torch.equal(registers.x, torch.full((1, 8), 2.5))
     table[0, plan.layout.columns.index("b_0")] = 0.0
-    run(0, torch.full((1, 8), torch.nan), None)
+    bound.run(0, torch.full((1, 8), torch.nan), None)
     assert torch.equal(registers.x, torch.full((1, 8), 1.25))
 
 
@@ -669,8 +668,8 @@ def test_registers_live_as_long_as_the_bound_stage():
 
     def bound() -> tuple[Callable, int]:
         registers = Registers(x=torch.ones(1, 1 << 16))
-        run = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout)
-        return run, registers.x.data_ptr()
+        stage = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout)
+        return stage.run, registers.x.data_ptr()
 
     run, address = bound()
     others = [torch.zeros(1, 1 << 16) for _ in range(8)]
@@ -726,9 +725,9 @@ def test_a_table_that_would_corrupt_memory_is_refused(edit, error, message, inde
     registers = random_registers(rng, (2, 50), torch.float32, plan.layout)
     before = copied(registers)
     index = torch.tensor([0, 1]) if indexed else None
-    run = backends.get("cpu").bind(registers, table, plan.layout, index)
+    bound = backends.get("cpu").bind(registers, table, plan.layout, index)
     with pytest.raises(error, match=message):
-        run(0 if indexed else 1, torch.ones(2, 50), None)
+        bound.run(0 if indexed else 1, torch.ones(2, 50), None)
     assert all(same(a, b) for a, b in zip(written(before), written(registers), strict=True))
 
 
@@ -738,9 +737,9 @@ def test_a_row_outside_the_table_is_refused(row, index):
     plan = Plan(stages=(Stage(t=1.0), Stage(t=0.5)), times=(1.0, 0.0))
     registers = Registers(x=torch.ones(2, 4))
     index = None if index is None else torch.tensor(index)
-    run = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout, index)
+    bound = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout, index)
     with pytest.raises(IndexError, match=r"\[0, 2\)"):
-        run(row, torch.ones(2, 4), None)
+        bound.run(row, torch.ones(2, 4), None)
 
 
 @needs_core
@@ -759,9 +758,9 @@ def test_a_row_outside_the_table_is_refused(row, index):
 def test_a_wrong_output_is_named(out, xi, error, message):
     plan = Plan(stages=(Stage(t=1.0, b=(1.0,)),), times=(1.0, 0.0))
     registers = Registers(x=torch.ones(2, 4))
-    run = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout)
+    bound = backends.get("cpu").bind(registers, torch.tensor(plan.table), plan.layout)
     with pytest.raises(error, match=message):
-        run(0, out, xi)
+        bound.run(0, out, xi)
     assert torch.equal(registers.x, torch.ones(2, 4))
 
 
@@ -829,8 +828,8 @@ def test_a_named_backend_that_cannot_serve_names_those_that_can():
 
 
 def test_without_the_core_torch_serves_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(cpu_module, "native", None)
-    monkeypatch.setattr(cpu_module, "why_missing", "the compiled core cannot be imported (absent)")
+    monkeypatch.setattr(_core, "native", None)
+    monkeypatch.setattr(_core, "missing", "the compiled core cannot be imported (absent)")
     monkeypatch.setattr(backends, "_warned", False)
     assert "pip install -e ." in backends.status()["cpu"]
     with pytest.warns(RuntimeWarning, match="pip install -e"):

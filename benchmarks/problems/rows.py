@@ -183,7 +183,7 @@ def bind(name: str, case: Case, registers: Registers) -> Any:
     rows = case.rows
     table = torch.from_numpy(rows.pack(case.weights))
     layout = replace(rows.layout, branches=case.branches)
-    return backends.get(name).bind(registers, table, layout)
+    return backends.get(name).bind(registers, table, layout).run
 
 
 def moved_to(registers: Registers, device: torch.device) -> Registers:

@@ -94,7 +94,11 @@ def compiled_loops(parts: Parts) -> dict[str, Callable[[], Loop]]:
         )
         x, history, loop = registers.x, registers.history, len(_bound)
         assert history is not None
-        run = backends.get("cpu").bind(registers, torch.from_numpy(plan.pack((1.0,))), plan.layout)
+        run = (
+            backends.get("cpu")
+            .bind(registers, torch.from_numpy(plan.pack((1.0,))), plan.layout)
+            .run
+        )
         _bound.append((run, x, history))
 
         def stages(x: torch.Tensor, cond: Cond) -> None:

@@ -12,17 +12,19 @@ import warnings
 import torch as _torch
 
 from .._text import unknown
-from .base import Backend, Registers, RunStage
+from ..plans import Layout
+from .base import Backend, BoundStage, Registers
 from .cpu import CpuBackend
 from .cuda import CudaBackend
 from .torch import TorchBackend
 from .triton import TritonBackend
 
-__all__ = ["Backend", "Registers", "RunStage", "choose", "get", "names", "status"]
+__all__ = ["Backend", "BoundStage", "Registers", "choose", "get", "names", "status"]
 
+_REFERENCE = TorchBackend()
 # For each device the fastest first.
 _BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), TorchBackend())
+    b.name: b for b in (CpuBackend(), CudaBackend(), TritonBackend(), _REFERENCE)
 }
 _warned = False
 
@@ -53,6 +55,7 @@ def choose(
     state: _torch.dtype,
     network: _torch.dtype,
     device: _torch.device,
+    layout: Layout | None = None,
 ) -> Backend:
     """The backend for a run.
 
@@ -61,6 +64,7 @@ def choose(
         state: Dtype of the registers.
         network: Dtype of the network's inputs and outputs.
         device: Where the registers lie.
+        layout: Columns of the table; None asks for the dtypes and the device alone.
 
     Returns:
         The named backend; for None the first of `cpu`, `cuda` and `triton` that can serve, else
@@ -70,20 +74,20 @@ def choose(
     Raises:
         ValueError: There is no backend of that name.
         RuntimeError: The named backend does not run here.
-        NotImplementedError: It does not serve these dtypes or this device; the error names those
-            that do.
+        NotImplementedError: It does not serve these dtypes, this device or the layout; the error
+            names those that do.
     """
     if name is not None:
         backend = get(name)
         missing = backend.missing()
         if missing is not None:
             raise RuntimeError(f'backend="{name}": it does not run here; {missing}.')
-        reason = backend.supports(state, network, device)
+        reason = backend.supports(state, network, device, layout)
         if reason is not None:
             serving = [
                 n
                 for n, b in _BACKENDS.items()
-                if b.missing() is None and _serves(b, state, network, device)
+                if b.missing() is None and _serves(b, state, network, device, layout)
             ]
             raise NotImplementedError(
                 f'backend="{name}": {reason}. Use one of: {", ".join(serving)}.'
@@ -91,10 +95,10 @@ def choose(
         return backend
     lacking: tuple[str, str] | None = None
     for backend in _BACKENDS.values():
-        if _serves(backend, state, network, device):
+        if _serves(backend, state, network, device, layout):
             missing = backend.missing()
             if missing is None:
-                if lacking is not None and backend.name == "torch":
+                if lacking is not None and backend is _REFERENCE:
                     _warn(*lacking)
                 return backend
             lacking = lacking or (backend.name, missing)
@@ -102,12 +106,16 @@ def choose(
 
 
 def _serves(
-    backend: Backend, state: _torch.dtype, network: _torch.dtype, device: _torch.device
+    backend: Backend,
+    state: _torch.dtype,
+    network: _torch.dtype,
+    device: _torch.device,
+    layout: Layout | None,
 ) -> bool:
     """Whether a backend is one to choose or to recommend."""
-    if backend.name == "triton" and device.type == "cpu":
+    if isinstance(backend, TritonBackend) and device.type == "cpu":
         return False  # its interpreter is for tests
-    return backend.supports(state, network, device) is None
+    return backend.supports(state, network, device, layout) is None
 
 
 def _warn(name: str, missing: str) -> None:

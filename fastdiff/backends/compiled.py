@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..noise import checked_offset
 from ..plans import Layout
 from .base import Registers
 
-# The core's Dtype, csrc/stage.h.
+# The core's Dtype, csrc/table.h.
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 STATES = (torch.float32, torch.float64)
 
@@ -26,12 +27,18 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def refusal(state: torch.dtype, network: torch.dtype) -> str | None:
-    """Why the core cannot serve these dtypes, or None."""
+def refusal(
+    core: Any, state: torch.dtype, network: torch.dtype, layout: Layout | None
+) -> str | None:
+    """Why the core, None where it is missing, cannot serve these dtypes or rows; else None."""
     if state not in STATES:
         return f"it keeps the state in float32 or float64; got {state}"
     if network not in CODES:
         return f"it serves networks in {dtype_names(CODES)}; got {network}"
+    if core is not None and layout is not None:
+        for group, most in core.most.items():
+            if getattr(layout, group) > most:
+                return f"a row has up to {most} {group}; got {getattr(layout, group)}"
     return None
 
 
@@ -56,6 +63,11 @@ def check_tensor(
             f"{who} backend: {name} lies on {device}; got {tensor.device}. "
             f"Pass {name}.to({str(device)!r})."
         )
+    if contiguous and tensor.is_neg():
+        raise ValueError(
+            f"{who} backend: {name} holds its own signs; got a lazily negated view. "
+            f"Pass {name}.resolve_neg()."
+        )
     if contiguous and not tensor.is_contiguous():
         raise ValueError(
             f"{who} backend: {name} is contiguous; got strides {tensor.stride()}. "
@@ -69,8 +81,9 @@ def stage_arguments(
     table: torch.Tensor,
     layout: Layout,
     stage_index: torch.Tensor | None,
+    offset: int,
 ) -> dict[str, Any]:
-    """Keywords of the core's `Stage`, but for the table's address.
+    """The fields of the core's `Stage`, but for the table's address.
 
     Raises:
         TypeError, ValueError: Registers, table and layout contradict each other or the contract in
@@ -93,8 +106,13 @@ def stage_arguments(
             raise TypeError(f"{who} backend: m is in {dtype_names(CODES)}; got {m.dtype}.")
         copies = m.shape[0] // batch if batch else 1
         checks.append(("m", m, m.dtype, (copies * batch, *shape[1:])))
-    entries = 0 if registers.bank is None else registers.bank.shape[0]
-    checks.append(("bank", registers.bank, state, (entries, *shape)))
+    bank, scalars = registers.bank, registers.scalars
+    entries, in_bank = (0, 1) if bank is None else (bank.shape[0], 1)
+    if bank is not None and bank.ndim > 1 and bank.shape[1] != 1:
+        in_bank = batch
+    checks.append(("bank", bank, state, (entries, in_bank, *shape[1:])))
+    columns = 0 if scalars is None else scalars.shape[-1]
+    checks.append(("scalars", scalars, state, (batch, columns)))
     checks.append(("seeds", registers.seeds, torch.int64, (batch,)))
     checks.append(("stage_index", stage_index, torch.int64, (batch,)))
     for name, tensor, dtype, wanted in checks:
@@ -111,13 +129,20 @@ def stage_arguments(
         "slots": slots,
         "m": address(m),
         "copies": copies,
-        "extras": [] if registers.bank is None else [entry.data_ptr() for entry in registers.bank],
-        "extra_terms": layout.extras,
+        "bank": address(bank),
+        "entries": entries,
+        "bank_batch": in_bank,
+        "scalars": address(scalars),
+        "scalar_columns": columns,
         "seeds": address(registers.seeds),
         "rows": table.shape[0],
         "width": table.shape[1],
         "terms": layout.terms,
         "branches": layout.branches,
+        "extras": layout.extras,
+        "products": layout.products,
+        "measures": layout.measures,
+        "offset": checked_offset(f"{who} backend", offset),
         "stage_index": address(stage_index),
     }
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..conditioning import arguments_of, flatten, rebuild, varies
 from ..engine.call import Call
 from ..engine.job import Job
@@ -266,7 +267,7 @@ class _Work:
 
 def capturable(backend: str) -> bool:
     """Whether a backend's stages read their rows on the device."""
-    return backend != "torch"
+    return backends.get(backend).capturable
 
 
 def check_capturable(backend: str) -> None:

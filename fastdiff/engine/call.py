@@ -96,10 +96,11 @@ def check_call(call: Call, plan: Plan) -> None:
             "sample: offset is the place of x's first element in its sample, a multiple of 4 from "
             f"0 on (noise is made four elements at a time); got {offset!r}."
         )
-    if offset and any(stage.threshold is not None for stage in plan.stages):
+    whole = any(stage.threshold is not None or stage.measures for stage in plan.stages)
+    if offset and whole:
         raise ValueError(
-            "sample: a threshold is the quantile of a whole sample; got a part of one, offset="
-            f"{offset}, for a plan that thresholds. Sample it whole, or use clip=."
+            "sample: thresholds and measures are taken over a whole sample; got a part of one, "
+            f"offset={offset}, for a plan that has some. Sample it whole, or leave them out."
         )
 
 

@@ -62,7 +62,8 @@ class Job:
         found = self._kinds.get(key)
         if found is None:
             state, network = state_dtype(x), key[2]
-            serving = backends.choose(self.backend, state, network, x.device)
+            layout = replace(self.plan.layout, branches=self.guidance.branches)
+            serving = backends.choose(self.backend, state, network, x.device, layout)
             found = self._kinds[key] = (state, network, x.device, serving.name)
         return found
 

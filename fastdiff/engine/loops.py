@@ -37,7 +37,9 @@ def run_stages(job: Job, run: Run, call: Call) -> None:
     steps: Iterable[int] = range(len(job.plan.stages))
     if call.progress:
         steps = _bar(steps)
-    if call.watched or job.fresh_inputs or not job.plain or varies(call.cond):
+    special = call.watched or job.fresh_inputs or run.counts_writes or any(run.measures)
+    alone = job.plain and not special
+    if not alone or varies(call.cond):
         _observed(job, run, call, steps)
     else:
         _plain(job, run, call, steps)
@@ -46,22 +48,21 @@ def run_stages(job: Job, run: Run, call: Call) -> None:
 def _plain(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:
     """The loop where every stage evaluates and nobody looks on."""
     arguments, keywords = arguments_of(call.cond)
-    network, advance, inputs, told = job.network, run.advance, run.inputs, run.told
+    network, stage, stride = job.network, run.stage, run.spec.stride
+    inputs, told = run.inputs, run.told
     places = [given.data_ptr() for given in inputs]
+    versions = run.versions()
     for i in steps:
-        given, time = inputs[i], told[i]
-        version, time_version = given._version, time._version
-        output = network(given, time, *arguments, **keywords)
-        if (
-            given._version != version
-            or time._version != time_version
-            or given.data_ptr() != places[i]
-        ):
+        given = inputs[i]
+        output = network(given, told[i], *arguments, **keywords)
+        if given.data_ptr() != places[i]:  # what the stage would write to may be freed
             raise written(job, "network", i)
         try:
-            advance(i, output)
+            stage(i * stride, output, None)
         except BAD_OUTPUT as error:
             raise bad_output(job, i, output, given, error) from None
+    if run.versions() != versions:
+        raise written(job, "network", None)
 
 
 def _observed(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:
@@ -106,12 +107,14 @@ def watch(tensor: torch.Tensor) -> tuple[int, int]:
     return 0 if tensor.is_inference() else tensor._version, tensor.data_ptr()
 
 
-def written(job: Job, who: str, i: int) -> Written:
-    """The error for an argument that was written to."""
+def written(job: Job, who: str, i: int | None) -> Written:
+    """The error for an argument that was written to, at stage i or, None, at one of them."""
+    at = "" if i is None else f"stage {i} (t = {job.plan.stages[i].t:.6g}): "
+    which = " (check=True says at which stage)" if i is None else ""
     return Written(
-        f"sample: stage {i} (t = {job.plan.stages[i].t:.6g}): the {who} wrote to its input in "
-        "place, which is the sampler's own memory. Let it work on a copy (x = x.clone()); a "
-        "network is given memory of its own with Sampler(..., fresh_inputs=True)."
+        f"sample: {at}the {who} wrote to its input in place{which}, which is the sampler's own "
+        "memory. Let it work on a copy (x = x.clone()); a network is given memory of its own with "
+        "Sampler(..., fresh_inputs=True)."
     )
 
 

@@ -9,8 +9,8 @@ time: `Leases` lends it, and two calls at once, or one inside another, never sha
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,13 @@ class Spec:
     clocked: bool = False
     offset: int = 0
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
+
     @property
     def batch(self) -> int:
         """Samples B."""
@@ -75,6 +82,11 @@ class Spec:
     def branches(self) -> int:
         """Branches G of the network."""
         return self.layout.branches
+
+
+def _has_scalars(row: PackedRow) -> bool:
+    own = (row.scalar_b, row.scalar_g, row.scalar_c, row.scalar_ce, *row.scalar_k)
+    return any(column >= 0 for column in own)
 
 
 Kind = tuple[torch.dtype, torch.dtype, torch.device, str]
@@ -88,7 +100,12 @@ def features_of(rows: Sequence[PackedRow]) -> tuple[Any, ...]:
         any(row.flags & THRESHOLD for row in rows),
         any(row.push_x >= 0 for row in rows),
         any((row.u, row.v, row.b_raw, row.g_raw, row.d_new) != (0, 1, 0, 0, 0) for row in rows),
+        any(_has_scalars(row) for row in rows),
     )
+
+
+def _unbound(row: int, out: Any, xi: Any) -> None:
+    raise RuntimeError("Run: rows are written before one is run; got a run without any.")
 
 
 class Run:
@@ -102,6 +119,8 @@ class Run:
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
         inputs, told: What the network is given and told at each stage of the loaded plan.
+        measures: Of each stage of the loaded plan, whether it has measures.
+        stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -118,6 +137,7 @@ class Run:
                 history=like((spec.slots, *shape)),
                 m=m,
                 bank=like((spec.entries, spec.bank_batch, *shape[1:])) if spec.entries else None,
+                scalars=like((batch, spec.scalars)).zero_() if spec.scalars else None,
                 seeds=torch.zeros(batch, dtype=torch.int64, device=spec.device),
             )
             told = torch.float64 if spec.network == torch.float64 else torch.float32
@@ -136,7 +156,9 @@ class Run:
                 self._forward = torch.tensor([1, spec.stride], device=spec.device)
         self.told = list(self.times)
         self.inputs: list[torch.Tensor] = []
-        self._stage: Any = None  # bound to the first rows, for which kernels are specialised
+        self.measures: list[bool] = []
+        self._bound: Any = None  # to the first rows, for which kernels are specialised
+        self.stage: Callable[..., None] = _unbound
         self._first_row = 0
         self._points: list[bool] = []
         self._holds: tuple[Any, ...] = (None, None)  # plan and guidance whose numbers stand here
@@ -149,19 +171,18 @@ class Run:
         self._holds = (None, None)
         packed = torch.from_numpy(encode(rows, self.spec.layout))
         self.table[at : at + len(rows)] = packed
-        if self._stage is None:
+        if self._bound is None:
             self._bind()
             return
-        refresh = getattr(self._stage, "refresh", None)
-        if refresh is not None:
-            refresh(self.table)
+        self._bound.refresh(self.table)
 
     def _bind(self) -> None:
         spec, row_index = self.spec, None if self.clock is None else self.clock[1:]
         with torch.inference_mode(False):
-            self._stage = backends.get(spec.backend).bind(
-                self.registers, self.table, spec.layout, self.index, row_index
+            self._bound = backends.get(spec.backend).bind(
+                *(self.registers, self.table, spec.layout, self.index, row_index, spec.offset)
             )
+        self.stage = self._bound.run
 
     def write_times(self, model_times: Sequence[float], at: int = 0) -> None:
         """Writes what the network is told, from stage `at` on."""
@@ -186,6 +207,7 @@ class Run:
         self.write_times([stage.model_time for stage in plan.stages])
         self._first_row = len(rows)
         self._points = [bool(row.flags & AT_E) for row in rows[:: self.spec.stride]]
+        self.measures = [bool(stage.measures) for stage in plan.stages]
         m = self.registers.m
         self.inputs = [self.point(i) if m is None else m for i in range(len(plan.stages))]
         self._holds = (plan, guidance)
@@ -239,12 +261,14 @@ class Run:
             self.row(self._first_row, None)
 
     def advance(self, i: int, out: torch.Tensor | None, xi: torch.Tensor | None = None) -> None:
-        """Runs stage i of the loaded plan."""
-        self._stage(i * self.spec.stride, out, xi)
+        """Runs stage i of the loaded plan, its measures first."""
+        if self.measures[i]:
+            self._bound.measure(i * self.spec.stride, out, xi)
+        self.stage(i * self.spec.stride, out, xi)
 
     def row(self, row: int, out: torch.Tensor | None) -> None:
         """Runs one row of the table."""
-        self._stage(row, out, None)
+        self.stage(row, out, None)
 
     def now(self) -> torch.Tensor:
         """The time at the clock's stage, [G * B], in memory of its own."""
@@ -253,12 +277,25 @@ class Run:
         return self.time[0]
 
     def tick(self, out: torch.Tensor | None) -> None:
-        """Runs the clock's stage and advances it."""
+        """Runs the clock's stage, with measures where any stage has some, and advances it."""
         assert self.clock is not None
-        self._stage(0, out, None)
+        if any(self.measures):
+            self._bound.measure(0, out, None)
+        self.stage(0, out, None)
         self.clock.add_(self._forward)
 
     # -- its state -------------------------------------------------------------------------------
+
+    @property
+    def counts_writes(self) -> bool:
+        """Whether PyTorch's version counters see what a stage writes."""
+        return backends.get(self.spec.backend).counts_writes
+
+    def versions(self) -> tuple[int, ...]:
+        """The version counters of what a network is handed; its writes in place raise them."""
+        r = self.registers
+        held = (r.x, r.e, r.m, self.times)
+        return tuple(tensor._version for tensor in held if tensor is not None)
 
     def live(self) -> list[torch.Tensor]:
         """The registers that a stage hands on to the next: x, e and the history."""
@@ -320,6 +357,7 @@ def spec_of(
         stages=len(plan.stages),
         entries=plan.extras,
         bank_batch=shape[0],
+        scalars=plan.scalars,
         features=features_of(plan.rows()),
         stride=stride,
         index="sample" if guidance.per_sample else "none",

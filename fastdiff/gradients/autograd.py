@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..capture import Captures
 from ..conditioning import tensors_in, varies
 from ..engine.call import Call
 from ..engine.job import Job
-from ..plans import alternates
+from ..plans import Transposed, alternates
 from .backward import backward
 from .captured import captured_run, check_once
 from .flow import adjoint_of, check_guidance, on_the_plans_times
@@ -71,12 +72,12 @@ def differentiable(
             "Discrete: undo=True needs a plan whose every stage moves one of x and e from the "
             f'other, such as "rex-1"; got {plan.solver}. Use that, or checkpoint=.'
         )
-    else:
-        plan.transpose()  # says what it cannot do
     extras = tuple(
         r if isinstance(r, torch.Tensor) else torch.as_tensor(r, device=x.device)
         for r in call.extras
     )
+    if isinstance(gradient, Discrete):
+        _check_owed(plan.transpose(), extras)
     named = (*params, *tensors_in(cond), *extras)
     if not any(tensor.requires_grad for tensor in (x, *named)):
         raise ValueError(
@@ -91,8 +92,19 @@ def differentiable(
     if captures is not None:
         return captured_run(job, gradient, call, params, pools.recent, captures)
     call = replace(call, x=x.detach())
-    trace = Trace(job, gradient, call, params, pools, pools.recent)
+    trace = Trace(job, gradient, call, params, pools, pools.recent, x.requires_grad)
     return _Function.apply(trace, x, *named)
+
+
+def _check_owed(transposed: Transposed, extras: Sequence[torch.Tensor]) -> None:
+    """Raises where an entry of the bank wants a gradient that the table does not hold."""
+    for k in sorted(transposed.unowed):
+        if k < len(extras) and extras[k].requires_grad:
+            raise NotImplementedError(
+                "sample: an entry of the bank that multiplies x, e, h or an earlier output has no "
+                f"gradient in the transposed table; got extras[{k}] that requires grad, and "
+                f'{transposed.solver} has such a product. Detach it, or use gradient="backprop".'
+            )
 
 
 class _Function(torch.autograd.Function):
@@ -101,7 +113,6 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, trace: Trace, x: torch.Tensor, *named: torch.Tensor) -> torch.Tensor:
         result, kept = trace.forward()
-        trace.needs = ctx.needs_input_grad[1]
         ctx.save_for_backward(*kept)
         ctx.trace = trace
         return result

@@ -58,12 +58,12 @@ class Captured:
             ]
             self.cotangent = torch.empty_like(run.registers.x)
         static = replace(call, cond=rebuild(call.cond, iter(self.inputs)), extras=extras)
-        self.trace = Trace(job, gradient, static, params, self.runs, recent)
-        self.trace.times, self.trace.needs = run.told, needs[0]
+        if call.seed is not None:
+            static = replace(static, seed=run.registers.seeds)
+        self.trace = Trace(job, gradient, static, params, self.runs, recent, needs[0])
         self.stamp = 0
         self.found: tuple[torch.Tensor | None, ...] = ()
         self._kept: list[torch.Tensor] = []
-        self._met = False
 
     def fill(self, call: Call) -> None:
         """Copies what a call brings to where the graphs read it."""
@@ -77,9 +77,9 @@ class Captured:
     def forward(self) -> None:
         """What is captured of the run."""
         draws = self.trace.draws
-        draws.watches = draws.watches and not self._met  # a recording cannot be looked into
         self.run.begin()
-        self._kept = self.trace.loop(self.run)
+        self._kept = self.trace.loop(self.run, self.run.told)
+        draws.close()  # what follows is recorded, and cannot be looked into
         if draws.stages:
             raise NotImplementedError(
                 "sample: a captured gradient cannot draw a network's random numbers again; got a "
@@ -89,7 +89,6 @@ class Captured:
     def backward(self) -> None:
         """What is captured of the backward pass."""
         self.found = backward(self.trace, self.cotangent, self._kept)
-        self._met = True
 
     def result(self) -> torch.Tensor:
         """Everything that a run and its backward pass leave, in one vector."""

@@ -14,20 +14,26 @@ States = tuple[torch.Tensor, ...]
 class Draws:
     """States of the generators around each stage whose network drew from them.
 
+    Args:
+        device: Where the network runs.
+        watches: Whether stages are looked at while they run.
+
     Attributes:
-        watches: Whether a stage is looked at while it runs.
         stages: Of each stage that drew, the states before and after.
     """
 
     def __init__(self, device: torch.device, watches: bool) -> None:
-        self._device = device
-        self.watches = watches
+        self._device, self._watches = device, watches
         self.stages: dict[int, tuple[States, States]] = {}
+
+    def close(self) -> None:
+        """Looks at no further stage."""
+        self._watches = False
 
     @contextlib.contextmanager
     def noted(self, i: int) -> Iterator[None]:
         """A scope in which stage i runs for the first time."""
-        if not self.watches:
+        if not self._watches:
             yield
             return
         before = self._states()

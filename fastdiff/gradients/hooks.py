@@ -34,6 +34,9 @@ def muted(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """A scope in which the hooks of these tensors do not fire in this thread."""
     each = [tensor._backward_hooks for tensor in tensors]
     hooks: list[MutableMapping[int, Any]] = [own for own in each if own]
+    if not hooks:
+        yield
+        return
     with _lock:
         for own in hooks:
             _users[id(own)] = _users.get(id(own), 0) + 1

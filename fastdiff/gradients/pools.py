@@ -36,11 +36,13 @@ class Table:
         rows: The rows, with one weight a branch.
         layout: Of their table.
         slots: History registers that they use.
+        entries: Entries of the bank that they may name.
     """
 
     rows: tuple[PackedRow, ...]
     layout: Layout
     slots: int
+    entries: int = 0
 
     def spec(self, x: torch.Tensor, backend: str | None) -> Spec:
         """The spec of a run of these rows on a state like x.
@@ -63,6 +65,8 @@ class Table:
             slots=self.slots,
             has_e=bool(any_flag & (AT_E | WRITES_E)),
             has_m=bool(any_flag & WRITES_M),
+            entries=self.entries,
+            bank_batch=x.shape[0] if self.entries else 0,
             features=features_of(self.rows),
         )
 

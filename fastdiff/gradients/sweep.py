@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from ..backends import Registers
-from ..backends.torch import threshold
-from ..conditioning import PerStage, at_stage, leaves_of, rebuild, staged_in, tensors_in
-from ..guidance import combine
+from ..conditioning import PerStage, at_stage, flatten, leaves_of, rebuild, staged_in, tensors_in
 from ..plans import Transposed
 from .hooks import muted
-from .options import Discrete
+from .limits import held, through_limit
+from .named import check_named
 from .pools import Table
 from .trace import Input, Trace, evaluated, written_backward
+
+# What a stage owes to entries of the bank; see `Transposed.extras`.
+Owed = Sequence[tuple[int, float, int | None, tuple[str, int] | None]]
 
 
 def transposed_table(trace: Trace, transposed: Transposed) -> Table:
@@ -30,9 +32,26 @@ def transposed_table(trace: Trace, transposed: Transposed) -> Table:
 
     def made() -> Table:
         rows = tuple(replace(row, k=row.k * branches) for row in transposed.rows)
-        return Table(rows, replace(transposed.layout, branches=branches), transposed.slots)
+        layout = replace(transposed.layout, branches=branches)
+        entries = len(trace.call.extras) if layout.products else 0
+        return Table(rows, layout, transposed.slots, entries)
 
     return trace.recent.get(transposed, ("transposed", branches), made)
+
+
+def _may_hide(trace: Trace) -> bool:
+    """Whether the network may read, at some stage, a tensor that nobody named.
+
+    A module has its tensors in its parameters; a function may have them anywhere, and so may an
+    object in the conditioning that cannot be looked into.
+    """
+    if not isinstance(trace.job.network, torch.nn.Module):
+        return True
+    try:
+        flatten(trace.call.cond)
+    except TypeError:
+        return True
+    return False
 
 
 class _Leaves:
@@ -102,6 +121,7 @@ class Sweep:
         self.trace = trace
         self.x_bar: torch.Tensor | None = cotangent
         self._leaves = _Leaves(trace)
+        self._looks = _may_hide(trace)
         self._totals: list[torch.Tensor | None] = [None] * len(trace.named)
         count = len(trace.named)
         self._registers = range(count - len(trace.call.extras), count)
@@ -159,6 +179,8 @@ class Sweep:
             out = evaluated(trace.job, (shown, time, cond), written_backward)
         vector = cotangent(out.detach())
         own = [tensor for _, tensor, _ in leaves]
+        if self._looks:
+            check_named(out, (leaf, *own, *trace.named))
         inputs = ([leaf] if needs_x else []) + own
         if not inputs or not out.requires_grad:
             return torch.zeros_like(given) if needs_x else None
@@ -197,20 +219,23 @@ class Sweep:
             input_at: What it is given there, asked for from the last stage to the first.
             observe: Is given the stage and the network's output of each evaluation.
         """
-        stages, x = transposed.stages, self.x_bar
+        trace, stages, raw, x = self.trace, transposed.stages, transposed.raw, self.x_bar
         assert x is not None
-        table = transposed_table(self.trace, transposed)
+        table = transposed_table(trace, transposed)
         last = len(stages)
         earliest = next((i for i, stage in enumerate(stages) if stage.evaluate), last)
-        spec = table.spec(x, self.trace.job.backend)
-        with self.trace.runs.backward_run(table, spec) as run:
+        spec = table.spec(x, trace.job.backend)
+        with trace.runs.backward_run(table, spec) as run:
             registers = run.registers
             registers.x.copy_(x)
+            for k in range(spec.entries):
+                assert registers.bank is not None
+                registers.bank[k].copy_(trace.entry(k, registers.x))
             run.row(0, None)
             for row, i in enumerate(reversed(range(last)), start=1):
                 stage, m_bar = stages[i], None
-                self._credit(transposed.extras[i], registers)
-                needs_x = self.trace.needs or i > earliest
+                self._credit(i, transposed.extras[i], registers)
+                needs_x = trace.needs or i > earliest
                 if stage.evaluate:
                     found, m = input_at(i), registers.m
                     assert m is not None
@@ -222,7 +247,8 @@ class Sweep:
                         m: torch.Tensor = m,
                     ) -> torch.Tensor:
                         observe(i, out)
-                        self._limit(i, out, found.point, registers)
+                        if found.point is not None:
+                            through_limit(trace, (i, out, found.point), registers, raw[i])
                         return self.weighed(m, i)
 
                     m_bar = self.vjp(i, found.given, times[i], cotangent, needs_x)
@@ -238,34 +264,15 @@ class Sweep:
         dtype = self.trace.call.x.dtype
         self.x_bar = registers.x.to(dtype, copy=True) if self.trace.needs else None
 
-    def _credit(self, owed: Sequence[tuple[int, float, int | None]], registers: Registers) -> None:
-        """Adds to the gradients of the extra registers what a stage owes them."""
-        for register, weight, slot in owed:
-            k = self._registers[register]
-            if self.trace.named[k].requires_grad:
-                assert registers.history is not None
-                self._add(k, registers.x if slot is None else registers.history[slot], weight)
-
-    def _limit(
-        self, i: int, out: torch.Tensor, point: torch.Tensor | None, registers: Registers
-    ) -> None:
-        """Takes h_bar back through the clip or the threshold of h, in e and in m."""
-        if point is None:
-            return
-        trace = self.trace
-        stage, gradient = trace.plan.stages[i], trace.gradient
-        assert isinstance(gradient, Discrete)
-        assert registers.e is not None
-        assert registers.m is not None
-        if stage.threshold is not None and gradient.threshold == "straight-through":
-            return
-        outputs = out.to(point.dtype).view(-1, *point.shape)
-        combined = combine(trace.weights(i), list(outputs))
-        with torch.enable_grad():
-            h = (stage.q * combined + stage.p * point).requires_grad_()
-            limited = h.clamp(*stage.clip) if stage.clip is not None else h
-            if stage.threshold is not None:
-                limited = threshold(h, *stage.threshold)
-        (h_bar,) = torch.autograd.grad(limited, h, registers.e)
-        registers.e.copy_(h_bar)
-        registers.m.view(-1, *point.shape).copy_(h_bar * stage.q)
+    def _credit(self, i: int, owed: Owed, registers: Registers) -> None:
+        """Adds to the gradients of the bank's entries what stage i owes them."""
+        for entry, weight, slot, factor in owed:
+            k = self._registers[entry]
+            if not self.trace.named[k].requires_grad:
+                continue
+            cotangent = held(registers, slot)
+            if factor is not None:
+                kind, at = factor
+                other = self.trace.noise(i) if kind == "xi" else self.trace.entry(at, cotangent)
+                cotangent = cotangent * other
+            self._add(k, cotangent, weight)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .. import noise
 from ..conditioning import arguments_of, at_stage, tensors_in, varies
 from ..engine.call import Call
 from ..engine.job import Job, state_dtype
@@ -58,11 +59,12 @@ class Trace:
         params: Sequence[torch.Tensor],
         runs: Lender,
         recent: Recent,
+        needs: bool,
     ) -> None:
         self.job, self.gradient, self.call = job, gradient, call
         self.params, self.runs, self.recent = tuple(params), runs, recent
         self.named = (*params, *tensors_in(call.cond), *call.extras)
-        self.needs = True
+        self.needs = needs
         self.versions = tuple(map(version_of, self.named))
         self.times: Sequence[torch.Tensor] = ()
         self.draws = Draws(call.x.device, watches=isinstance(gradient, Discrete))
@@ -84,6 +86,24 @@ class Trace:
             self._weights[i] = found
         return found
 
+    def entry(self, k: int, like: torch.Tensor) -> torch.Tensor:
+        """An entry of the bank, in the dtype and the shape of a state."""
+        extra: torch.Tensor = self.call.extras[k]
+        return extra.detach().to(like).expand(like.shape)
+
+    def noise(self, i: int) -> torch.Tensor:
+        """The noise that stage i drew."""
+        call = self.call
+        x, shape = call.x, tuple(call.x.shape)
+        total = torch.zeros(shape, dtype=state_dtype(x), device=x.device)
+        like: dict[str, Any] = {"dtype": total.dtype, "device": x.device}
+        if call.offset:
+            like["offset"] = call.offset
+        for stream, weight in self.plan.stages[i].noise:
+            drawn = noise.normal(shape, call.seed, stream, **like)
+            total.add_(drawn, alpha=weight)
+        return total
+
     # -- forward ---------------------------------------------------------------------------------
 
     def forward(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -92,14 +112,19 @@ class Trace:
         with self.runs.run(job.spec(call.x, call.offset)) as run:
             run.load(job.plan, job.guidance)
             told = run.times[: len(job.plan.stages)].clone()
-            self.times = list(told)
             run.fill(call, job.plan)
             run.begin()
-            kept = self.loop(run)
+            kept = self.loop(run, list(told))
             return run.registers.x.to(call.x.dtype, copy=True), [told, *kept]
 
-    def loop(self, run: Run) -> list[torch.Tensor]:
-        """Runs all stages; what to keep."""
+    def loop(self, run: Run, times: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Runs all stages; what to keep.
+
+        Args:
+            run: Filled, and at its beginning.
+            times: What the network is told at each stage, here and in the backward pass.
+        """
+        self.times = times
         keeper = keeper_of(self.gradient, self.plan)
         self._loop(run, range(len(self.plan.stages)), keeper, first=True)
         return keeper.kept(run)

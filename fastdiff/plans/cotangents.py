@@ -55,13 +55,13 @@ class Cotangents:
     """The cotangents of a plan as sums of atoms.
 
     Attributes:
-        stages: Of the plan.
-        x: For every stage what the row of it makes for the stage before: the cotangent of x' that
-            that stage finds, short of the product in `new`.
+        stages: The stages of the plan.
+        x: For every stage, what its row makes for the stage before: the cotangent of that stage's
+            x', without the product in `new`.
         y: For every stage that evaluates, what its row finds in e.
         raw: For every stage that limits y, what is added to the cotangent of y after the limit.
-        new: By stage, the product with the cotangent of x' itself that is added to it last.
-        unowed: See `Transposed`.
+        new: For stages that multiply their own x', the product that is added to its cotangent last.
+        unowed: Entries of the bank whose cotangent is no sum of atoms times constants.
     """
 
     def __init__(self, stages: tuple[Stage, ...], solver: str) -> None:
@@ -139,7 +139,7 @@ class Cotangents:
                 add(owed(p.at), self._times(into[p.into], p, s), 1.0)
 
     def _evaluated(self, s: int, stage: Stage, into: dict[str, Sum], h: Sum) -> None:
-        """Notes the cotangent of y, or the parts of it before and after the limit."""
+        """Notes the cotangent of y, or its parts before and after the limit."""
         y: Sum = {}
         add(y, h, stage.v)
         raw: Sum = {}

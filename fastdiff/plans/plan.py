@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler as data: the immutable table of stages that every backend runs."""
+"""A sampler as data: the immutable table of stages that every backend runs.
+
+A `Plan` is a value: it is checked when it is built, compares by its fields, and knows the schedule
+that it was made for. Slots, packed rows, printing, files and the transposed table are worked out of
+its stages by the modules beside this one, none of which knows a Plan.
+"""
 
 from __future__ import annotations
 

@@ -142,6 +142,10 @@ class Stage:
         if not self.noise:
             self._check_no_noise()
 
+    def __reduce__(self) -> Any:
+        # Made anew where it is unpickled, a stage holds that process's NaN and compares equal.
+        return Stage, tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
     def _checked_threshold(self) -> Threshold:
         given = floats("Stage", "threshold", self.threshold)
         if (

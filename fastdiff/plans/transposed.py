@@ -21,10 +21,10 @@ What else a stage may hold goes into those sums:
 - Where x' is read by the same stage (d_new, products of "new"), x_bar_{s+1} above is the cotangent
   of the sum before those readers: the row before adds d_new e_bar_{s+1}, and then w R x_bar by a
   product of "new" of its own.
-- u and v: the network's cotangent is that of y, y_bar_s = v limit'(h_bar_s) + b_raw x_bar_{s+1}
-  + g_raw e_bar_{s+1}. The e of the backward run is y_bar, and u h_bar_s is added to v_s as the sum
-  that it is. Where the stage limits y, the e of the backward run is v h_bar, and what follows the
-  limit is told in `Transposed.raw`.
+- The network's cotangent is that of y, y_bar_s = limit'(v h_bar_s) + b_raw x_bar_{s+1}
+  + g_raw e_bar_{s+1}, where limit' is the transposed derivative of the limit. The e of the backward
+  run is y_bar, and u h_bar_s is added to v_s as the sum that it is. Where the stage limits y, the
+  row leaves v h_bar in e, and `Transposed.raw` says what is added after limit'.
 - A product with an entry of the bank is the product of the same entry with a cotangent. A sum that
   would multiply two entries is refused.
 """
@@ -66,18 +66,19 @@ class Transposed:
     """The backward table of a plan; see the module.
 
     Attributes:
-        stages: Of the plan.
+        stages: The stages of the plan.
         solver: The plan's name for people.
         rows: S + 1 rows. Row 0 makes h_bar of the last stage from the cotangent of the result; row
             i belongs to stage S - i and is run after that stage's VJP.
-        layout: Of their table, for one branch; `pack` makes more.
-        slots: History registers that it needs.
-        extras: For every stage what it owes to entries of the bank: (i, weight, slot, factor) adds
-            weight times slot (None: x) times factor to the cotangent of entry i. The factor is
-            None, ("bank", k) for another entry or ("xi", 0) for the stage's noise. The registers
-            are those that the row of the stage finds.
-        raw: For every stage that limits y what is added to its cotangent after the limit:
-            (weight, slot, entry) adds weight times slot, times that entry of the bank unless None.
+        layout: The columns of their table for one branch; `pack` makes tables for more.
+        slots: History registers that the table needs.
+        extras: For every stage, what it owes to entries of the bank: (i, weight, slot, factor) adds
+            weight times slot (None stands for x) times factor to the cotangent of entry i. The
+            factor is None, ("bank", k) for another entry or ("xi", 0) for the stage's noise. The
+            registers are those that the row of the stage finds.
+        raw: For every stage that limits y, what is added to the cotangent of y after the limit:
+            (weight, slot, entry) adds weight times slot, and times that entry of the bank unless
+            it is None. Other stages have nothing here: their rows add it.
         unowed: Entries of the bank whose cotangent is not in the table: they multiply x, e, h or an
             earlier output, and their cotangent is that product with the states of the run.
     """

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 
 import fastdiff as fd
-from fastdiff import noise
+from fastdiff import _core
 
-native = noise.native
+native = _core.native
 needs_core = pytest.mark.skipif(native is None, reason="the compiled core is not built")
 INSTRUCTION_SETS = native.instruction_sets() if native is not None else []
 BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]

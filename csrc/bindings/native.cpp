@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The Python module fastdiff._native: addresses and sizes in, exceptions out.
-//
-// Tensors arrive as addresses (Tensor.data_ptr()); the caller answers for their shapes. Everything
-// that a table or an index could do to memory is checked here or below, and reported.
-#include "bindings.h"
-#include "cpu.h"
+#include "bindings/bindings.h"
+#include "cpu/cpu.h"
 
 using namespace fastdiff;
 
@@ -15,46 +12,71 @@ constexpr int64_t kReleaseGil = 65536;
 
 class Stage {
 public:
-    Stage(int state, int network, int64_t batch, int64_t size, uintptr_t x, uintptr_t e,
-          uintptr_t history, int64_t slots, uintptr_t m, int64_t copies,
-          const std::vector<uintptr_t>& extras, uintptr_t seeds, uintptr_t table, int64_t rows,
-          int64_t width, int terms, int branches, int extra_terms, uintptr_t stage_index)
-        : args_(stage_args(state, network, batch, size, x, e, history, slots, m, copies, extras,
-                           seeds, table, rows, width, terms, branches, extra_terms, stage_index)) {}
+    explicit Stage(const py::dict& given) : args_(take(given)), memory_(args_) {}
 
-    // `out` 0: no network output; `xi` 0: the row draws its own noise.
-    void run(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
+    // `out` 0: no network output; `xi` 0: the row draws its own noise. False where one of them lies
+    // on a register otherwise than element for element: nothing is written then.
+    bool run(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
              int threads) const {
-        StageArgs args = args_;
-        args.out = pointer<const void>(out);
-        args.out_dtype = out_dtype;
-        args.out_stride = out_stride;
-        args.xi = pointer<const void>(xi);
-        int64_t bad_row = row;
-        Status status;
-        if (args.batch * args.size >= kReleaseGil) {
-            py::gil_scoped_release release;
-            status = cpu::run(args, row, threads, &bad_row);
-        } else {
-            status = cpu::run(args, row, threads, &bad_row);
-        }
-        if (status != kOk) refuse(status, bad_row, args.rows);
+        return call(cpu::run_stage, row, {out, out_dtype, out_stride, xi}, threads);
+    }
+    bool measure(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
+                 int threads) const {
+        return call(cpu::run_measures, row, {out, out_dtype, out_stride, xi}, threads);
     }
 
 private:
+    struct Inputs {
+        uintptr_t out;
+        int out_dtype;
+        int64_t out_stride;
+        uintptr_t xi;
+    };
+    using Entry = Status (*)(const StageArgs&, int64_t, int, int64_t*);
+
+    static StageArgs take(const py::dict& given) {
+        Fields fields(given);
+        const StageArgs args = stage_args(fields);
+        fields.done();
+        return args;
+    }
+
+    bool call(Entry entry, int64_t row, const Inputs& inputs, int threads) const {
+        StageArgs args = args_;
+        args.out = pointer<const void>(inputs.out);
+        args.out_dtype = inputs.out_dtype;
+        args.out_stride = inputs.out_stride;
+        args.xi = pointer<const void>(inputs.xi);
+        if (args.out_dtype < 0 || args.out_dtype >= kDtypes) refuse(kBadDtype, row, args.rows);
+        const char* input = nullptr;
+        if (memory_.overlapped(args, &input) != nullptr) return false;
+        int64_t bad_row = row;
+        Status status;
+        if (memory_.states() >= kReleaseGil) {
+            py::gil_scoped_release release;
+            status = entry(args, row, threads, &bad_row);
+        } else {
+            status = entry(args, row, threads, &bad_row);
+        }
+        if (status != kOk) refuse(status, bad_row, args.rows);
+        return true;
+    }
+
     StageArgs args_;
+    Memory memory_;
 };
 
 void normal(uintptr_t z, int dtype, uintptr_t seeds, int64_t batch, int64_t size, uint32_t stream,
-            int threads) {
-    if (batch < 0 || size < 0 || ((z == 0 || seeds == 0) && batch * size > 0)) {
+            int64_t offset, int threads) {
+    if (batch < 0 || size < 0 || offset < 0 || offset % 4 != 0 ||
+        ((z == 0 || seeds == 0) && batch * size > 0)) {
         refuse(kBadLayout, 0, 0);
     }
+    const cpu::Draws draws = {pointer<const uint64_t>(seeds), size, offset / 4, stream};
     Status status;
     {
         py::gil_scoped_release release;
-        status = cpu::normal(pointer<void>(z), static_cast<Dtype>(dtype),
-                             pointer<const uint64_t>(seeds), batch, size, stream, threads);
+        status = cpu::normal(pointer<void>(z), static_cast<Dtype>(dtype), batch, draws, threads);
     }
     if (status != kOk) refuse(status, 0, 0);
 }
@@ -70,21 +92,16 @@ std::vector<std::string> instruction_sets() {
 
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The compiled core of fastdiff. Private: addresses in, no checks of shapes.";
-    module.attr("abi") = kAbi;
+    describe(module);
     module.attr("parallel_from") = cpu::kParallelFrom;
 
     py::class_<Stage>(module, "Stage")
-        .def(py::init<int, int, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, int64_t,
-                      uintptr_t, int64_t, const std::vector<uintptr_t>&, uintptr_t, uintptr_t,
-                      int64_t, int64_t, int, int, int, uintptr_t>(),
-             py::kw_only(), py::arg("state"), py::arg("network"), py::arg("batch"), py::arg("size"),
-             py::arg("x"), py::arg("e"), py::arg("history"), py::arg("slots"), py::arg("m"),
-             py::arg("copies"), py::arg("extras"), py::arg("seeds"), py::arg("table"),
-             py::arg("rows"), py::arg("width"), py::arg("terms"), py::arg("branches"), py::arg("extra_terms"),
-             py::arg("stage_index"))
-        .def("run", &Stage::run, "run(row, out, out_dtype, out_stride, xi, threads)");
+        .def(py::init<const py::dict&>(), "Stage(fields)")
+        .def("run", &Stage::run, "run(row, out, out_dtype, out_stride, xi, threads)")
+        .def("measure", &Stage::measure, "measure(row, out, out_dtype, out_stride, xi, threads)");
 
-    module.def("normal", &normal, "normal(z, dtype, seeds, batch, size, stream, threads)");
+    module.def("normal", &normal, 
+               "normal(z, dtype, seeds, batch, size, stream, offset, threads)");
     module.def(
         "philox",
         [](std::vector<uint32_t> counter, std::vector<uint32_t> key) {

@@ -2,7 +2,7 @@
 // The CUDA backend's entry points. Nothing here or below allocates device memory or waits for it.
 #pragma once
 
-#include "stage.h"
+#include "measure.h"
 
 namespace fastdiff::cuda {
 
@@ -15,12 +15,13 @@ struct Launch {
     int64_t* fault;            // [2]: Status and row of a row that the kernel refused
     void* scale;               // [batch] of x's type, for the s of each sample that is thresholded;
                                // null: no row of the table thresholds
+    bool grown;                // whether a row of the table may be a GrownRow
     bool aligned;              // set by `run`: accesses of four elements are legal
 };
 
 // A row from its columns.
-template <class T>
-FASTDIFF_HD Status resolve(const Launch& l, const double* columns, Row<T>& row) {
+template <class R>
+FASTDIFF_HD Status resolve(const Launch& l, const double* columns, R& row) {
     const Status status = fastdiff::resolve(l.args, columns, row);
     if (status == kOk && (row.flags & kThreshold) && l.scale == nullptr) return kNoThreshold;
     return status;
@@ -38,11 +39,21 @@ struct Outcome {
 // Runs a stage on device number `device` and a cudaStream_t: one kernel, after another that fills
 // `scale` where that is given. The kernels check the row once more: one that would leave the
 // registers writes nothing, and its status goes to `fault`.
-Outcome run(Launch launch, int device, void* stream);
+Outcome run_stage(Launch launch, int device, void* stream);
 
-// Standard normals [batch, size] as float32 or float64.
-Outcome normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_t size,
-               uint32_t stream, int device, void* cuda_stream);
+// Makes the measures of that row and leaves them in args.scalars: one kernel, likewise.
+Outcome run_measures(Launch launch, int device, void* stream);
+
+// Normals [batch, size], sample b from seeds[b]; element i takes the noise of i + 4 first_quad.
+struct Normals {
+    void* z;
+    const uint64_t* seeds;
+    int64_t batch, size, first_quad;
+    uint32_t stream;
+};
+
+// Standard normals as float32 or float64.
+Outcome normal(const Normals& normals, Dtype dtype, int device, void* cuda_stream);
 
 // Whether there is a driver and a device.
 Outcome probe();

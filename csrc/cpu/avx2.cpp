@@ -10,7 +10,7 @@
 #endif
 #define FASTDIFF_ISA avx2
 #define FASTDIFF_LANES 8
-#include "cpu_kernels.h"
+#include "cpu/kernels.h"
 
 namespace fastdiff::cpu {
 extern const Kernels kAvx2 = avx2::kKernels;

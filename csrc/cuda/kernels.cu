@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernels and their launchers. `cuda_kernels.h` says what a thread does; here stand the
-// barriers, the grids and the runtime's errors.
-#include "cuda_kernels.h"
+// The CUDA kernels and their launchers. `thread.h`, `selection.h` and `meter.h` say what a thread
+// does; here stand the barriers, the grids and the runtime's errors.
+#include "cuda/meter.h"
 
 #include <cuda_runtime.h>
 
@@ -10,34 +10,34 @@
 namespace fastdiff::cuda {
 namespace {
 
-// Registers for four blocks a processor in float32, two in float64, and no local memory.
-template <class T>
-constexpr int kBlocks = sizeof(T) == 4 ? 4 : 2;
+// Registers for four blocks a processor in float32 (three where rows grow), two in float64, and no
+// local memory.
+template <class R>
+constexpr int kBlocks = sizeof(typename R::Number) == 8 ? 2 : R::kGrown ? 3 : 4;
 
 // -- kernels -------------------------------------------------------------------------------------
 
 // All samples run one row: each block resolves it and strides over the batch.
-template <class T, class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+template <class R, class S>
+__global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_shared(const __grid_constant__ Launch l) {
-    __shared__ Resolved<T> at;
+    __shared__ Resolved<R> at;
     const int64_t index = row_of(l, 0);
-    at.fetch(l, index, threadIdx.x, kThreads);
-    __syncthreads();
-    if (threadIdx.x == 0) at.resolve(l, index);
+    const bool grown = __syncthreads_or(at.fetch(l, index, threadIdx.x, kThreads));
+    if (threadIdx.x == 0) at.resolve(l, index, grown);
     __syncthreads();
     if (at.status != kOk) return;
-    shared_thread<T, S>(l, at.row, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                        static_cast<int64_t>(gridDim.x) * kThreads);
+    shared_thread<S>(l, at.row, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                     static_cast<int64_t>(gridDim.x) * kThreads);
 }
 
 // Each sample runs its own row: a warp takes a chunk of one sample at a time.
-template <class T, class S>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+template <class R, class S>
+__global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_samples(const __grid_constant__ Launch l) {
-    __shared__ Resolved<T> each[kWarps];
+    __shared__ Resolved<R> each[kWarps];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    Resolved<T>& at = each[warp];
+    Resolved<R>& at = each[warp];
     const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
     const int64_t units = l.args.batch * chunks;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
@@ -46,53 +46,76 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
         const int64_t b = divide(u, chunks), index = row_of(l, b);
         if (index != resolved || index < 0) {
             __syncwarp();
-            at.fetch(l, index, lane, kWarp);
-            __syncwarp();
-            if (lane == 0) at.resolve(l, index);
+            const bool grown = __any_sync(0xFFFFFFFFu, at.fetch(l, index, lane, kWarp));
+            if (lane == 0) at.resolve(l, index, grown);
             __syncwarp();
             resolved = index;
         }
-        if (at.status == kOk) sample_lane<T, S>(l, at.row, b, u - b * chunks, lane, kWarp);
+        if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
     }
 }
 
 // The scale of each sample whose row thresholds: a block takes one sample at a time.
-template <class T, class S>
-__global__ void __launch_bounds__(kSelectors<T>, 1) thresholds(const __grid_constant__ Launch l) {
-    __shared__ Resolved<T> at;
+template <class R, class S>
+__global__ void __launch_bounds__(kSelectors<typename R::Number>, 1)
+    thresholds(const __grid_constant__ Launch l) {
+    using T = typename R::Number;
+    __shared__ Resolved<R> at;
     __shared__ Selection<T> selection;
     constexpr int kBlock = kSelectors<T>;
     const int thread = threadIdx.x;
     for (int64_t b = blockIdx.x; b < l.args.batch; b += gridDim.x) {
         const int64_t index = row_of(l, b);
         __syncthreads();
-        at.fetch(l, index, thread, kBlock);
-        __syncthreads();
-        if (thread == 0) at.resolve(l, index);
+        const bool grown = __syncthreads_or(at.fetch(l, index, thread, kBlock));
+        if (thread == 0) at.resolve(l, index, grown);
         __syncthreads();
         if (at.status != kOk || !(at.row.flags & kThreshold)) continue;
-        selection.start(at.row, l.args.size, thread);
+        selection.start(at.row.quantile, l.args.size, thread);
         FASTDIFF_ROLLED
         for (int pass = 0; pass < Selection<T>::kPasses; ++pass) {
             selection.clear(thread, kBlock);
             __syncthreads();
-            count_magnitudes<T, S>(l, at.row, b, pass, thread, kBlock, selection);
+            count_magnitudes<S>(l, at.row, b, pass, thread, kBlock, selection);
             __syncthreads();
             if (thread < Selection<T>::kBins) selection.sum(thread);
             __syncthreads();
             if (thread < Selection<T>::kBins) selection.choose(pass, thread);
             __syncthreads();
         }
-        if (thread == 0) static_cast<T*>(l.scale)[b] = selection.scale(at.row, l.args.size);
+        if (thread == 0) {
+            static_cast<T*>(l.scale)[b] =
+                scale_of(at.row, selection.quantile(at.row.quantile, l.args.size));
+        }
+    }
+}
+
+// The measures of each sample: a block takes one sample at a time.
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads, 1) measures(const __grid_constant__ Launch l) {
+    __shared__ Resolved<GrownRow<T>, true> at;
+    __shared__ Meter<T> meter;
+    const int thread = threadIdx.x;
+    for (int64_t b = blockIdx.x; b < l.args.batch; b += gridDim.x) {
+        const int64_t index = row_of(l, b);
+        __syncthreads();
+        at.fetch(l, index, thread, kThreads);
+        __syncthreads();
+        if (thread == 0) at.resolve(l, index, false);
+        __syncthreads();
+        if (at.status != kOk) continue;
+        measure_sample<T, S>(l, at.columns, at.row, b, meter, [&](const auto& work) {
+            work(thread);
+            __syncthreads();
+        });
     }
 }
 
 template <class Z>
 __global__ void __launch_bounds__(kThreads)
-    normals(Z* z, const uint64_t* seeds, int64_t batch, int64_t size, uint32_t stream, bool wide) {
-    normal_thread(z, seeds, batch, size, stream, wide,
-                  static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
-                  static_cast<int64_t>(gridDim.x) * kThreads);
+    normals(const __grid_constant__ Normals n, bool wide) {
+    normal_thread<Z>(n, wide, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                     static_cast<int64_t>(gridDim.x) * kThreads);
 }
 
 // -- launchers -----------------------------------------------------------------------------------
@@ -172,20 +195,30 @@ Outcome launch(Kernel& kernel, int64_t wanted, int device, void* stream, void** 
             {reinterpret_cast<const void*>(kernel<T, Float16>), threads, {}},  \
     }
 
-Kernel kStages[2][2][kDtypes] = {  // [per sample][float64][Dtype of out]
-    {FASTDIFF_OUT_DTYPES(stage_shared, float, kThreads),
-     FASTDIFF_OUT_DTYPES(stage_shared, double, kThreads)},
-    {FASTDIFF_OUT_DTYPES(stage_samples, float, kThreads),
-     FASTDIFF_OUT_DTYPES(stage_samples, double, kThreads)},
+Kernel kStages[2][2][2][kDtypes] = {  // [grown][per sample][float64][Dtype of out]
+    {{FASTDIFF_OUT_DTYPES(stage_shared, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, Row<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, Row<double>, kThreads)}},
+    {{FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<double>, kThreads)}},
 };
-Kernel kThresholds[2][kDtypes] = {FASTDIFF_OUT_DTYPES(thresholds, float, kSelectors<float>),
-                                  FASTDIFF_OUT_DTYPES(thresholds, double, kSelectors<double>)};
+Kernel kThresholds[2][2][kDtypes] = {  // [grown][float64][Dtype of out]
+    {FASTDIFF_OUT_DTYPES(thresholds, Row<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, Row<double>, kSelectors<double>)},
+    {FASTDIFF_OUT_DTYPES(thresholds, GrownRow<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, GrownRow<double>, kSelectors<double>)},
+};
+Kernel kMeasures[2][kDtypes] = {FASTDIFF_OUT_DTYPES(measures, float, kThreads),
+                                FASTDIFF_OUT_DTYPES(measures, double, kThreads)};
 Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), kThreads, {}},
                       {reinterpret_cast<const void*>(normals<double>), kThreads, {}}};
 
 }  // namespace
 
-Outcome run(Launch l, int device, void* stream) {
+Outcome run_stage(Launch l, int device, void* stream) {
     const StageArgs& a = l.args;
     const Status status = check_alignment(l);
     if (status != kOk) return {status, nullptr};
@@ -199,20 +232,30 @@ Outcome run(Launch l, int device, void* stream) {
     const bool wide = a.state == kFloat64;
     if (l.scale != nullptr) {
         const Outcome first =
-            launch(kThresholds[wide][a.out_dtype], a.batch, device, stream, arguments);
+            launch(kThresholds[l.grown][wide][a.out_dtype], a.batch, device, stream, arguments);
         if (first.status != kOk) return first;
     }
-    return launch(kStages[per_sample][wide][a.out_dtype], wanted, device, stream, arguments);
+    return launch(kStages[l.grown][per_sample][wide][a.out_dtype], wanted, device, stream,
+                  arguments);
 }
 
-Outcome normal(void* z, Dtype dtype, const uint64_t* seeds, int64_t batch, int64_t size,
-               uint32_t stream, int device, void* cuda_stream) {
+Outcome run_measures(Launch l, int device, void* stream) {
+    const StageArgs& a = l.args;
+    const Status status = check_alignment(l);
+    if (status != kOk) return {status, nullptr};
+    if (a.batch == 0 || a.size == 0) return {kOk, nullptr};
+    void* arguments[] = {&l};
+    return launch(kMeasures[a.state == kFloat64][a.out_dtype], a.batch, device, stream, arguments);
+}
+
+Outcome normal(const Normals& normals, Dtype dtype, int device, void* cuda_stream) {
     if (dtype != kFloat32 && dtype != kFloat64) return {kBadDtype, nullptr};
-    const int64_t quads = quads_of(size);
-    if (batch == 0 || quads == 0) return {kOk, nullptr};
-    bool wide = size % 4 == 0 && reinterpret_cast<uintptr_t>(z) % 16 == 0;
-    void* arguments[] = {&z, &seeds, &batch, &size, &stream, &wide};
-    return launch(kNormals[dtype == kFloat64], (batch * quads + kThreads - 1) / kThreads, device,
+    const int64_t quads = quads_of(normals.size);
+    if (normals.batch == 0 || quads == 0) return {kOk, nullptr};
+    Normals n = normals;
+    bool wide = n.size % 4 == 0 && reinterpret_cast<uintptr_t>(n.z) % 16 == 0;
+    void* arguments[] = {&n, &wide};
+    return launch(kNormals[dtype == kFloat64], (n.batch * quads + kThreads - 1) / kThreads, device,
                   cuda_stream, arguments);
 }
 

@@ -10,7 +10,7 @@
 #endif
 #define FASTDIFF_ISA avx512
 #define FASTDIFF_LANES 16
-#include "cpu_kernels.h"
+#include "cpu/kernels.h"
 
 namespace fastdiff::cpu {
 extern const Kernels kAvx512 = avx512::kKernels;

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Four elements at a time: the accessor of `stage.h` on a GPU.
+//
+// A quad is four consecutive elements of a sample, which are the four normals of one Philox counter
+// and, in float32, one access of 16 bytes. All its loads precede its stores, and no other thread
+// touches its elements.
+#pragma once
+
+#include "cuda/resolved.h"
+
+namespace fastdiff::cuda {
+
+// Four elements in one access of up to 16 bytes, or two.
+template <class E>
+struct alignas(sizeof(E) == 2 ? 8 : 16) Four {
+    E v[4];
+};
+
+// Where a quad stands. kWide: it is whole and every address allows `Four`.
+template <bool kWide, class R, class S>
+struct Quad {
+    using T = typename R::Number;
+    struct V {
+        T v[4];
+    };
+    static constexpr bool kNoiseFirst = true, kThresholds = true;
+    const StageArgs& a;
+    const R& row;
+    int64_t i;  // its first element in a register
+    int64_t o;  // and in the first branch of the output
+    int64_t q;  // its counter within the sample
+    uint64_t seed;
+    const T* s;        // the sample's scale, where the row thresholds
+    const T* scalars;  // its row of S; null: each counts as 1
+    int count;         // elements, 1 to 4
+
+    template <class E>
+    FASTDIFF_HD V read(const E* p) const {
+        V r;
+        if (kWide) {
+            const Four<E> four = *reinterpret_cast<const Four<E>*>(p);
+            for (int l = 0; l < 4; ++l) r.v[l] = static_cast<T>(widen(four.v[l]));
+        } else {
+            for (int l = 0; l < 4; ++l) r.v[l] = l < count ? static_cast<T>(widen(p[l])) : T(0);
+        }
+        return r;
+    }
+    template <class E>
+    FASTDIFF_HD void write(E* p, const V& v) const {
+        Four<E> four;
+        for (int l = 0; l < 4; ++l) narrow(v.v[l], four.v[l]);
+        if (kWide) {
+            *reinterpret_cast<Four<E>*>(p) = four;
+        } else {
+            for (int l = 0; l < 4; ++l) {
+                if (l < count) p[l] = four.v[l];
+            }
+        }
+    }
+    FASTDIFF_HD int64_t registers() const { return a.batch * a.size; }
+
+    FASTDIFF_HD V zero() const { return {{T(0), T(0), T(0), T(0)}}; }
+    FASTDIFF_HD V fma(T c, const V& v, const V& sum) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = fused(c, v.v[l], sum.v[l]);
+        return r;
+    }
+    FASTDIFF_HD V fuse(const V& a, const V& b, const V& sum) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = fused(a.v[l], b.v[l], sum.v[l]);
+        return r;
+    }
+    FASTDIFF_HD V mul(T c, const V& v) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = c * v.v[l];
+        return r;
+    }
+    FASTDIFF_HD V clip(const V& v, T lo, T hi) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = v.v[l] < lo ? lo : v.v[l] > hi ? hi : v.v[l];
+        return r;
+    }
+    FASTDIFF_HD V divide(const V& v, T by) const {
+        V r;
+        for (int l = 0; l < 4; ++l) r.v[l] = v.v[l] / by;
+        return r;
+    }
+    FASTDIFF_HD T scale() const { return *s; }
+    FASTDIFF_HD V x() const { return read(static_cast<const T*>(a.x) + i); }
+    FASTDIFF_HD V e() const { return read(static_cast<const T*>(a.e) + i); }
+    FASTDIFF_HD V out(int g) const {
+        return read(static_cast<const S*>(a.out) + (row.branch[g] * a.batch * a.out_stride + o));
+    }
+    FASTDIFF_HD V term(int j) const {
+        return read(static_cast<const T*>(a.history) + (row.term[j].source * registers() + i));
+    }
+    FASTDIFF_HD V slot(int s) const {
+        return read(static_cast<const T*>(a.history) + (s * registers() + i));
+    }
+    // In a bank that all samples share an element stands where it does in the sample.
+    FASTDIFF_HD V entry(int k) const {
+        const int64_t at = k * a.bank_batch * a.size + (a.bank_shared() ? 4 * q : i);
+        return read(static_cast<const T*>(a.bank) + at);
+    }
+    FASTDIFF_HD V extra(int k) const { return entry(row.extra[k].source); }
+    FASTDIFF_HD V output(int g) const {
+        return read(static_cast<const S*>(a.out) + (g * a.batch * a.out_stride + o));
+    }
+    FASTDIFF_HD T scalar(int c) const { return scalars == nullptr ? T(1) : scalars[c]; }
+    FASTDIFF_HD V xi() const { return read(static_cast<const T*>(a.xi) + i); }
+    FASTDIFF_HD V draw(int d) const {
+        float z[4];
+        normal_quad(seed, row.stream[d], static_cast<uint64_t>(q + a.first_quad), z);
+        return {{static_cast<T>(z[0]), static_cast<T>(z[1]), static_cast<T>(z[2]),
+                 static_cast<T>(z[3])}};
+    }
+    FASTDIFF_HD void put_x(const V& v) const { write(static_cast<T*>(a.x) + i, v); }
+    FASTDIFF_HD void put_e(const V& v) const { write(static_cast<T*>(a.e) + i, v); }
+    FASTDIFF_HD void put_push(const V& v) const {
+        write(static_cast<T*>(a.history) + (row.push * registers() + i), v);
+    }
+    FASTDIFF_HD void put_push_x(const V& v) const {
+        write(static_cast<T*>(a.history) + (row.push_x * registers() + i), v);
+    }
+    FASTDIFF_HD void put_m(const V& v) const {
+        FASTDIFF_ROLLED
+        for (int64_t k = 0; k < a.copies; ++k) {
+            const int64_t at = k * registers() + i;
+            switch (a.network) {
+                case kFloat32: write(static_cast<float*>(a.m) + at, v); break;
+                case kFloat64: write(static_cast<double*>(a.m) + at, v); break;
+                case kBfloat16: write(static_cast<Bfloat16*>(a.m) + at, v); break;
+                default: write(static_cast<Float16*>(a.m) + at, v); break;
+            }
+        }
+    }
+};
+
+// The quad q of sample b, of `count` elements.
+template <bool kWide, class R, class S>
+FASTDIFF_HD Quad<kWide, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
+                                      uint64_t seed, int count) {
+    using T = typename R::Number;
+    const StageArgs& a = l.args;
+    const T* scalars = nullptr;
+    if (R::kGrown) scalars = static_cast<const T*>(a.scalars) + b * a.scalar_columns;
+    return {a,    row, b * a.size + 4 * q,                  b * a.out_stride + 4 * q, q,
+            seed, static_cast<const T*>(l.scale) + b, scalars, count};
+}
+
+}  // namespace fastdiff::cuda

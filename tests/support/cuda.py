@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the CUDA backend runs: a GPU, or the host in its place."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastdiff import _core
+from fastdiff.backends import cuda as cuda_module
+
+ROOT = Path(__file__).resolve().parents[2]
+CORE, WHY_NOT = _core.cuda_core()
+CUDA = torch.device("cuda", 0)
+gpu = pytest.mark.gpu
+needs_module = pytest.mark.skipif(CORE is None, reason=str(WHY_NOT))
+
+
+@pytest.fixture(scope="session")
+def host_core(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """csrc/cuda/*.h and the bindings, compiled for the host; misaligned accesses trap."""
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(compiler[0]) is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler on Linux")
+    target = tmp_path_factory.mktemp("cuda_on_host") / "_cuda.so"
+    sources = [ROOT / "tests" / "cuda_on_host.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    flags = ["-shared", "-fPIC", "-std=c++17", "-O1", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-Wall", "-Wextra"]
+    if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
+        flags.append("-mfma")
+    command = [*compiler, *flags, *(f"-I{i}" for i in includes), *map(str, sources)]
+    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
+    spec = importlib.util.spec_from_loader("_cuda", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["host", pytest.param("gpu", marks=[gpu, needs_module])])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where registers lie: a GPU, or the CPU with the module that takes it for one."""
+    if request.param == "gpu":
+        return CUDA
+    core = request.getfixturevalue("host_core")
+    monkeypatch.setattr(cuda_module, "cuda_core", lambda: (core, None))
+    monkeypatch.setattr(cuda_module, "_DEVICE", "cpu")
+    monkeypatch.setattr(cuda_module, "_current_stream", lambda: lambda number: 0)
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def usable() -> Iterator[None]:
+    """After the test the device still computes, and nothing was reported late."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        assert float(torch.ones(4, device=CUDA).sum()) == 4.0
