@@ -49,7 +49,11 @@ class TritonBackend:
         return None
 
     def supports(
-        self, state: torch.dtype, network: torch.dtype, device: torch.device
+        self,
+        state: torch.dtype,
+        network: torch.dtype,
+        device: torch.device,
+        layout: Layout | None = None,
     ) -> str | None:
         served = "cpu" if interpreting() else "cuda"
         if device.type != served:
