@@ -25,13 +25,14 @@ class Call:
 
     Attributes:
         x: The state at the plan's first time, [B, ...].
-        cond: Conditioning, of the samples or of all branches; who makes a call says which.
+        cond: Conditioning. Whoever makes a call says whether it is that of the samples or that of
+            all branches.
         seed: An integer, or one a sample; None for plans without noise.
         xi: Noise given instead of drawn, one tensor a stage; or None.
         extras: The entries of the bank, each broadcastable to x.
-        offset: Place of x's first element within the sample that it is a part of.
+        offset: Place of x's first element within the sample that x is a part of.
         callback: Called after every evaluation.
-        check: Whether every output is looked at.
+        check: Whether every output is searched for NaN and infinity.
         progress: Whether a bar is shown.
     """
 
@@ -81,7 +82,7 @@ def check_extras(extras: Any) -> None:
 
 
 def check_call(call: Call, plan: Plan) -> None:
-    """Raises for what a plan cannot take, before anything is run."""
+    """Raises where a plan cannot take a call, before anything is run."""
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
     conditioning.check(call.cond, call.batch, len(plan.stages))
@@ -120,8 +121,9 @@ def check_untransformed(
 
     Args:
         call: The call.
-        gradient: The sampler's; "backprop" is plain tensor operations, which all of them see.
-        parameters: Gives those of the network, where they have to be looked at.
+        gradient: The sampler's gradient. "backprop" is made of plain tensor operations, which every
+            transformation sees.
+        parameters: Gives the network's parameters, where they have to be looked at.
     """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(

@@ -49,12 +49,12 @@ def _plain(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:
     """The loop where every stage evaluates and nobody looks on."""
     arguments, keywords = arguments_of(call.cond)
     network, stage, stride = job.network, run.stage, run.spec.stride
-    inputs, told = run.inputs, run.told
+    inputs, times = run.inputs, run.model_times
     places = [given.data_ptr() for given in inputs]
     versions = run.versions()
     for i in steps:
         given = inputs[i]
-        output = network(given, told[i], *arguments, **keywords)
+        output = network(given, times[i], *arguments, **keywords)
         if given.data_ptr() != places[i]:  # what the stage would write to may be freed
             raise written(job, "network", i)
         try:
@@ -92,7 +92,7 @@ def evaluate(job: Job, run: Run, i: int, arguments: Any, keywords: Any) -> Any:
     Raises:
         Written: The network wrote to its arguments.
     """
-    given, time = run.inputs[i], run.told[i]
+    given, time = run.inputs[i], run.model_times[i]
     if job.fresh_inputs:
         return job.network(given.clone(), time.clone(), *arguments, **keywords)
     before = watch(given), watch(time)
@@ -110,10 +110,10 @@ def watch(tensor: torch.Tensor) -> tuple[int, int]:
 def written(job: Job, who: str, i: int | None) -> Written:
     """The error for an argument that was written to, at stage i or, None, at one of them."""
     at = "" if i is None else f"stage {i} (t = {job.plan.stages[i].t:.6g}): "
-    which = " (check=True says at which stage)" if i is None else ""
+    which = " check=True says at which stage." if i is None else ""
     return Written(
-        f"sample: {at}the {who} wrote to its input in place{which}, which is the sampler's own "
-        "memory. Let it work on a copy (x = x.clone()); a network is given memory of its own with "
+        f"sample: {at}the {who} wrote to its input in place, which is the sampler's own memory."
+        f"{which} Let it work on a copy (x = x.clone()); a network is given memory of its own with "
         "Sampler(..., fresh_inputs=True)."
     )
 
@@ -147,14 +147,14 @@ def _x0(job: Job, i: int, point: torch.Tensor, output: torch.Tensor) -> torch.Te
 def bad_output(
     job: Job, i: int | None, output: Any, given: torch.Tensor, why: Exception | str
 ) -> Exception:
-    """The error for an output that a stage could not read; `why` itself where it could have.
+    """The error for an output that a stage could not read; `why` itself where the output is right.
 
     Args:
-        job: Whose network it is.
+        job: The job whose network returned the output.
         i: The stage; None where it is not known.
         output: What the network returned.
-        given: What it was given.
-        why: What the stage said, or what is wrong.
+        given: What the network was given.
+        why: The error that the stage raised, or a sentence that says what is wrong.
     """
     problem = output_problem(output, given)
     if problem is None:

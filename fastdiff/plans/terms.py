@@ -130,14 +130,14 @@ class Reduction:
 
 def _operand(name: str, given: Any) -> Operand:
     """An operand as a tuple of a name and, where it has one, an index."""
-    told = "operands are " + ", ".join(
+    rule = "operands are " + ", ".join(
         f"({kind!r}, index)" if kind in INDEXED else f"({kind!r},)" for kind in OPERANDS
     )
     if not isinstance(given, list | tuple) or not 1 <= len(given) <= 2:
-        raise TypeError(f"Reduction: {told}; got {name} = {shown(given)}.")
+        raise TypeError(f"Reduction: {rule}; got {name} = {shown(given)}.")
     kind = given[0]
     if not isinstance(kind, str) or kind not in OPERANDS or (kind in INDEXED) != (len(given) == 2):
-        raise ValueError(f"Reduction: {told}; got {name} = {shown(given)}.")
+        raise ValueError(f"Reduction: {rule}; got {name} = {shown(given)}.")
     if len(given) == 1:
         return (kind,)
     most = MOST_BRANCHES - 1 if kind == "out" else LARGEST_INDEX - 1

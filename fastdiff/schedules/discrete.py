@@ -81,11 +81,11 @@ class VPDiscrete(FromLogAlpha):
                 f"{log_alpha.shape}, values {_span(log_alpha)}. Are two training steps so close "
                 "that float64 cannot tell them apart?"
             )
-        whole = np.concatenate([[0.0], log_alpha])
-        whole.setflags(write=False)
-        object.__setattr__(self, "alphas_cumprod", np.exp(2.0 * whole[1:]))
-        object.__setattr__(self, "betas", -np.expm1(2.0 * np.diff(whole)))
-        object.__setattr__(self, "_log_alpha", whole)
+        at_knots = np.concatenate([[0.0], log_alpha])
+        at_knots.setflags(write=False)
+        object.__setattr__(self, "alphas_cumprod", np.exp(2.0 * at_knots[1:]))
+        object.__setattr__(self, "betas", -np.expm1(2.0 * np.diff(at_knots)))
+        object.__setattr__(self, "_log_alpha", at_knots)
 
     _log_alpha: Any = field(default=None, init=False, repr=False)
     _recipe: Any = field(default=None, init=False, repr=False)

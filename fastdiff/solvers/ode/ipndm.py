@@ -45,8 +45,8 @@ class IPNDM(EpsilonMultistep):
         return f"ipndm-{self.order}"
 
     def weights(self, schedule: Schedule, nodes: Array, t: float) -> Array:
-        whole = moments(schedule, "epsilon", float(nodes[0]), t, 1)[0]
-        return whole * np.array(ADAMS_BASHFORTH[len(nodes) - 1])
+        total = moments(schedule, "epsilon", float(nodes[0]), t, 1)[0]
+        return total * np.array(ADAMS_BASHFORTH[len(nodes) - 1])
 
 
 SOLVERS = tuple(
