@@ -94,19 +94,19 @@ def normal_pair(word_a, word_b):
 
 
 @triton.jit
-def normals(seed, stream, quad, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Normals of ROWS samples, elements 4 quad .. 4 quad + 3 each.
+def normals(seed, stream, quad, SAMPLES: tl.constexpr, COLS: tl.constexpr):
+    """Normals of SAMPLES samples, elements 4 quad .. 4 quad + 3 each.
 
     Args:
-        seed: int64 [ROWS, 1].
-        stream: uint32, a scalar or [ROWS, 1].
+        seed: int64 [SAMPLES, 1].
+        stream: uint32, a scalar or [SAMPLES, 1].
         quad: int64 [1, COLS // 4].
 
     Returns:
-        float32 [ROWS, COLS] in the samples' order. A thread that makes a counter keeps its four
+        float32 [SAMPLES, COLS] in the samples' order. A thread that makes a counter keeps its four
         normals: nothing crosses threads.
     """
     w0, w1, w2, w3 = words(seed, stream, quad)
     z0, z1 = normal_pair(w0, w1)
     z2, z3 = normal_pair(w2, w3)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [ROWS, COLS])
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [SAMPLES, COLS])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels share: numbers of a row, storage types, and the sums that a row forms.
 
-Most of a row's numbers are scalars where a program runs one row, and [ROWS, 1] where the samples of
-a tile have rows of their own; the functions take both.
+Most of a row's numbers are scalars where a program runs one row, and [SAMPLES, 1] where the
+samples of a tile have rows of their own; the functions take both.
 """
 
 import triton
@@ -248,11 +248,11 @@ def divide(a, b):
 
 @triton.jit
 def drawn(p_row, p_seeds, i_b, i_c, first_quad, draws, T: tl.constexpr, MOST_DRAWS: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
-    """The row's own noise, [ROWS, COLS].
+        SAMPLES: tl.constexpr, COLS: tl.constexpr):  # fmt: skip
+    """The row's own noise, [SAMPLES, COLS].
 
     Args:
-        i_b: int64 [ROWS, 1], the samples.
+        i_b: int64 [SAMPLES, 1], the samples.
         i_c: int64, the tile of a sample.
         first_quad: int64, added to the quads of the sample; None: 0.
         draws: The row's draws, of which MOST_DRAWS are made.
@@ -261,12 +261,12 @@ def drawn(p_row, p_seeds, i_b, i_c, first_quad, draws, T: tl.constexpr, MOST_DRA
     quad = i_c * (COLS // 4) + tl.arange(0, COLS // 4)[None, :].to(tl.int64)
     if first_quad is not None:
         quad += first_quad
-    zero = tl.zeros([ROWS, COLS], T)
+    zero = tl.zeros([SAMPLES, COLS], T)
     stream = tl.load(p_row + STREAM_1).to(tl.int64).to(tl.uint32)
-    z = normals(seed, stream, quad, ROWS, COLS).to(T)
+    z = normals(seed, stream, quad, SAMPLES, COLS).to(T)
     xi = tl.fma(tl.load(p_row + XI_1), z, zero)
     if MOST_DRAWS > 1:
         stream = tl.load(p_row + STREAM_2).to(tl.int64).to(tl.uint32)
-        z = normals(seed, stream, quad, ROWS, COLS).to(T)
+        z = normals(seed, stream, quad, SAMPLES, COLS).to(T)
         xi = tl.where(draws > 1, tl.fma(tl.load(p_row + XI_2), z, xi), xi)
     return xi

@@ -15,8 +15,8 @@ where the row names them, are what `reduce.py` wrote. The arithmetic is that of 
 fused multiply-adds in table order, each sum from 0, in float32 (float64 for a float64 state);
 storage types are rounded to nearest even.
 
-A program owns a tile of ROWS samples by COLS elements. Long samples are cut (ROWS = 1), short ones
-share a program (COLS >= n); a batch whose samples need not be told apart is passed as one long
+A program owns a tile of SAMPLES samples by COLS elements. Long samples are cut (SAMPLES = 1), short
+ones share a program (COLS >= n); a batch whose samples need not be told apart is passed as one long
 sample. So no element index is ever divided, and the quads of the noise start at column 0.
 
 Which registers exist, the counts, dtypes and tile are compile-time constants; all that differs from
@@ -140,22 +140,22 @@ def stage_kernel(
     PUSHES_X: tl.constexpr,  # whether any row pushes the x that comes in
     RAW: tl.constexpr,  # whether any row weighs what stands around the limit, or its own x'
     SCALARS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SAMPLES: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """The kernel; see the module. Grid: ceil(B / ROWS) * ceil(n / COLS).
+    """The kernel; see the module. Grid: ceil(B / SAMPLES) * ceil(n / COLS).
 
     A sample whose row lies outside the table, or evaluates without `p_out`, is left as it is.
     """
     T: tl.constexpr = p_table.dtype.element_ty
     STATE: tl.constexpr = p_x.dtype.element_ty
-    OWN_ROWS: tl.constexpr = p_index is not None
+    OWN_ROW: tl.constexpr = p_index is not None
     HAS_E: tl.constexpr = p_e is not None
 
     # int64 throughout: a register may hold more than 2^31 elements
     n = size_units.to(tl.int64) * UNIT
     total = batch * n
-    if ROWS == 1:
+    if SAMPLES == 1:
         # a grid has fewer than 2^31 programs: a 32-bit division, once a program
         col_tiles = tl.cdiv(n, COLS).to(tl.int32)
         i_row_tile = (tl.program_id(0) // col_tiles).to(tl.int64)
@@ -165,12 +165,12 @@ def stage_kernel(
         i_c = i_row_tile - i_row_tile
     o_c = i_c * COLS + tl.arange(0, COLS)[None, :].to(tl.int64)  # [1, COLS]
     m_live = o_c < n
-    if ROWS == 1:
+    if SAMPLES == 1:
         i_b = i_row_tile
         o_b = i_b
         i_seed = i_b + tl.zeros([1, 1], tl.int64)
     else:
-        o_b = i_row_tile * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)  # [ROWS, 1]
+        o_b = i_row_tile * SAMPLES + tl.arange(0, SAMPLES)[:, None].to(tl.int64)  # [SAMPLES, 1]
         m_live = m_live & (o_b < batch)
         i_b = tl.minimum(o_b, batch - 1)
         i_seed = i_b
@@ -180,9 +180,9 @@ def stage_kernel(
         bank = (p_bank, o_c + o_b * 0, n)
     scalars = (p_scalars, i_b, SCALARS)
 
-    # -- the row: scalars where the tile shares it, [ROWS, 1] otherwise ----------------------------
+    # -- the row: scalars where the tile shares it, [SAMPLES, 1] otherwise -------------------------
     i_row = row_of(row, p_row_index, p_index, i_b)
-    if OWN_ROWS or p_row_index is not None:
+    if OWN_ROW or p_row_index is not None:
         m_row = (i_row >= 0) & (i_row < rows)
         m_live = only(m_live, m_row)
         i_row = tl.where(m_row, i_row, 0)
@@ -242,7 +242,7 @@ def stage_kernel(
     if HAS_E:
         e = widen(tl.load(p_e + o, mask=only(m_live, reads_e), other=0.0), T)
         point = tl.where(at_e, e, x)
-    h = tl.zeros([ROWS, COLS], T)
+    h = tl.zeros([SAMPLES, COLS], T)
     if p_out is not None:
         if OUT_UNIT == 0:
             out_stride = n
@@ -265,7 +265,7 @@ def stage_kernel(
             v = tl.load(p_row + V)
             h = add(u, point, tl.where(is_read(v), v * h, tl.zeros_like(h)))
 
-    x_next = tl.zeros([ROWS, COLS], T)
+    x_next = tl.zeros([SAMPLES, COLS], T)
     e_next = x_next
     x_next = add(a_x, x, x_next)
     if HAS_E:
@@ -311,15 +311,15 @@ def stage_kernel(
             xi = widen(tl.load(p_xi + o, mask=only(m_live, reads), other=0.0), T)
         else:
             draws = integer(p_row, DRAWS)
-            if OWN_ROWS and ROWS > 1:
+            if OWN_ROW and SAMPLES > 1:
                 xi = drawn(
-                    p_row, p_seeds, i_seed, i_c, first_quad, draws, T, MOST_DRAWS, ROWS, COLS
+                    p_row, p_seeds, i_seed, i_c, first_quad, draws, T, MOST_DRAWS, SAMPLES, COLS
                 )
             else:
-                xi = tl.zeros([ROWS, COLS], T)
+                xi = tl.zeros([SAMPLES, COLS], T)
                 if reads:  # uniform over the program
                     xi = drawn(
-                        p_row, p_seeds, i_seed, i_c, first_quad, draws, T, MOST_DRAWS, ROWS, COLS
+                        p_row, p_seeds, i_seed, i_c, first_quad, draws, T, MOST_DRAWS, SAMPLES, COLS
                     )
         x_next = add(c, xi, x_next, scaled(c, p_row, SCALAR_C, scalars, SCALARS > 0))
         if HAS_E:

@@ -19,7 +19,7 @@ if not HAS_CUDA:
 torch.set_num_threads(1)
 
 from support.core import INSTRUCTION_SETS, native  # noqa: E402  (after triton's environment)
-from support.cuda import device, host_core, usable  # noqa: E402, F401
+from support.gpu import device, host_core, usable  # noqa: E402, F401
 from support.recorder import Recorder  # noqa: E402
 
 

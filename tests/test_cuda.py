@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA backend: on a host in a GPU's place, in its machine code, and on GPUs."""
+"""The CUDA backend on a host in a GPU's place, and on GPUs: the bits of cpu, promises, mistakes."""
 
 import dataclasses
-import importlib.machinery
-import importlib.util
 import itertools
-import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.cuda import CORE, CUDA, WHY_NOT, gpu, needs_module
+from support.gpu import (
+    CORE,
+    CUDA,
+    NOISY,
+    ONE_STAGE,
+    assert_same,
+    fields,
+    moved,
+    needs_cpu,
+    needs_module,
+    on,
+)
 from support.rows import (
     DTYPES,
     neutral,
@@ -30,60 +34,12 @@ from support.rows import (
 
 from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
-from fastdiff.plans import CLIP, EVALUATE, THRESHOLD, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans import EVALUATE, WRITES_X, Layout, Plan, Stage
+from fastdiff.plans.layout import PackedRow, encode
 
 SIZES = [0, 1, 3, 4, 16, 63, 65, 1023, 1024, 1025, 5000]
 
-
-# -- rows and registers ----------------------------------------------------------------------------
-
-
-def fields(**changes: int) -> dict[str, int]:
-    """What the core is told of a bound stage with one row of no groups."""
-    names = "state network e history slots m copies bank entries scalars scalar_columns seeds terms"
-    names += " extras products measures stage_index offset row_index device"
-    own = dict.fromkeys(names.split(), 0)
-    own |= {"batch": 2, "size": 4, "x": 1 << 20, "bank_batch": 1, "table": 4096, "rows": 1}
-    own |= {"branches": 1, "width": Layout().width, "fault": 8192, "scale": 16384}
-    return own | changes
-
-
-def moved(tensor: torch.Tensor | None, device: torch.device, offset: int) -> torch.Tensor | None:
-    if tensor is None:
-        return None
-    store = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
-    return store[offset:].view(tensor.shape).copy_(tensor)
-
-
-def on(device: torch.device, registers: Registers, offset: int = 0) -> Registers:
-    """A copy there, `offset` elements off alignment."""
-    return Registers(
-        x=moved(registers.x, device, offset),
-        e=moved(registers.e, device, offset),
-        history=moved(registers.history, device, offset),
-        m=moved(registers.m, device, offset),
-        bank=moved(registers.bank, device, offset),
-        seeds=moved(registers.seeds, device, 0),
-    )
-
-
-def assert_same(got: Registers, wanted: Registers, context: object = None) -> None:
-    """Equal to the bit, NaN included."""
-    for a, b in zip(written(got), written(wanted), strict=True):
-        assert raw(a) == raw(b), context
-
-
 CPU = torch.device("cpu")
-ONE_STAGE = Plan(stages=(Stage(t=1.0, a_x=0.5, b=(2.0,)),), times=(1.0, 0.0))
-NOISY = Plan(
-    stages=(
-        Stage(t=1.0, a_x=0.9, b=(0.3,), c=0.5, noise=((3, 1.0),)),
-        Stage(t=0.5, a_x=0.8, b=(0.2, 0.1), c=0.4, noise=((4, 0.6), (5, 0.8))),
-    ),
-    times=(1.0, 0.0),
-)
-
-needs_cpu = pytest.mark.skipif(_core.native is None, reason="the CPU core is not built")
 
 
 # -- the same bits as cpu --------------------------------------------------------------------------
@@ -332,201 +288,24 @@ def test_an_output_may_be_the_input_itself(device):
     assert torch.equal(registers.x.cpu(), 2.5 * torch.arange(12.0).view(3, 4))
 
 
-# -- thresholds ------------------------------------------------------------------------------------
-
-
-def thresholds(quantile: float, floor: float) -> Plan:
-    """A plan of one stage, x' = threshold(out)."""
-    stage = Stage(t=1.0, a_x=0.0, b=(1.0,), threshold=(quantile, floor))
-    return Plan(stages=(stage,), times=(1.0, 0.0), variable="x0")
-
-
-def thresholded(
-    name: str, out: torch.Tensor, state: torch.dtype, quantile: float, floor: float
-) -> torch.Tensor:
-    plan = thresholds(quantile, floor)
-    registers = Registers(x=torch.full_like(out, torch.nan, dtype=state))
-    backends.get(name).bind(registers, torch.tensor(plan.table), plan.layout).run(0, out, None)
-    return registers.x.cpu()
-
-
-def assert_same_numbers(got: torch.Tensor, wanted: torch.Tensor, context: object = None) -> None:
-    """Equal to the bit but for NaN, whose bits are not promised."""
-    nan = wanted.isnan()
-    assert torch.equal(got.isnan(), nan), context
-    assert raw(got[~nan]) == raw(wanted[~nan]), context
-
-
-def magnitudes(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Samples [6, n] of all kinds: normal, with ties, of zeros, wide, close, of equal values."""
-    return np.stack(
-        [
-            rng.normal(size=n),
-            rng.integers(-3, 4, n),
-            rng.choice([0.0, -0.0], n),
-            rng.normal(size=n) * 10.0 ** rng.integers(-4, 4, n),
-            rng.choice([-1.0, 1.0], n) * (1 + rng.integers(0, 300, n) * 2.0**-23),
-            np.full(n, -2.5),
-        ]
-    )
-
-
-@needs_cpu
-@pytest.mark.parametrize(
-    ("state", "out_dtype"), list(itertools.product(DTYPES[:2], DTYPES)), ids=lambda d: str(d)[6:]
-)
-def test_a_threshold_is_the_quantile_of_each_sample(device, state, out_dtype):
-    rng = np.random.default_rng(20)
-    for n in (1, 2, 3, 5, 31, 255, 1024, 1025, 5000, 9000):
-        out = torch.from_numpy(magnitudes(rng, n)).to(out_dtype)
-        h = out.to(state)
-        for q, floor in itertools.product((1e-9, 0.5, 0.9, 0.995, 1.0), (1e-3, 1.0, 1e3)):
-            got = thresholded("cuda", out.to(device), state, q, floor)
-            assert raw(got) == raw(thresholded("cpu", out, state, q, floor)), (n, q, floor)
-            s = torch.quantile(h.double().abs(), q, dim=1).clamp(min=floor).to(state)[:, None]
-            wanted = h.clamp(-s, s) / s
-            # s may fall on the other side of a rounding, then the quotient too
-            bound = 2 * torch.finfo(state).eps * (1 + wanted.abs())
-            assert bool(((got - wanted).abs() <= bound).all()), (n, q, floor)
-
-
-@needs_cpu
-@pytest.mark.parametrize("state", DTYPES[:2])
-def test_thresholds_of_samples_that_are_not_finite_are_those_of_cpu(device, state):
-    rng = np.random.default_rng(21)
-    for n, q in itertools.product((1, 2, 5, 1025, 5000), (0.3, 0.9, 1.0)):
-        out = torch.from_numpy(rng.normal(size=(7, n))).float()
-        out[1, 0] = torch.nan
-        out[2, -1] = -torch.inf
-        out[3, n // 2 :] = -torch.nan
-        out[4, : n // 2 + 1] = torch.inf
-        out[5], out[6] = torch.nan, -torch.inf
-        got = thresholded("cuda", out.to(device), state, q, 0.5)
-        assert_same_numbers(got, thresholded("cpu", out, state, q, 0.5), (n, q))
-
-
-@needs_cpu
-@pytest.mark.parametrize(
-    ("state", "out_dtype"), list(itertools.product(DTYPES[:2], DTYPES)), ids=lambda d: str(d)[6:]
-)
-def test_rows_that_threshold_clip_or_do_neither_give_the_bits_of_cpu(
-    device, usable, state, out_dtype
-):
-    rng = np.random.default_rng(22)
-    for case in range(48):
-        size = [1, 3, 16, 200, 1028, 3001, 8200][case % 7]
-        batch, offset, strided = case % 4 + 1, case % 3 // 2, case % 5 < 2
-        layout = Layout(terms=case % 4, branches=case % 2 + 1, extras=case % 3 // 2)
-        rows = [random_row(rng, layout, True, draws=k % 3) for k in range(5)]
-        for row in rows[case % 2 :: 2]:
-            row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
-            limits = layout.column("quantile")
-            row[limits : limits + 2] = (
-                rng.choice([0.3, 0.9, 0.995, 1.0]),
-                rng.choice([0.01, 0.5, 2.0]),
-            )
-        for row in rows:
-            row[0] = int(row[0]) | EVALUATE
-        registers = random_registers(rng, (batch, size), state, layout, True, torch.bfloat16)
-        wide = random_output(rng, (batch, size + 4 * strided + offset), layout, out_dtype)
-        index = torch.from_numpy(rng.permutation(5)[:batch]) if case % 3 else None
-        there = on(device, registers, offset)
-        given = wide.to(device)[:, offset : offset + size]
-        at = int(index is None) * (case % 5)
-        bound = backends.get("cuda").bind(
-            there, table_of(*rows), layout, None if index is None else index.to(device)
-        )
-        bound.run(at, given if strided else moved(given, device, offset), None)
-        backends.get("cpu").bind(registers, table_of(*rows), layout, index).run(
-            at, wide[:, offset : offset + size], None
-        )
-        bound.check()
-        assert_same(there, registers, case)
-
-
-@needs_cpu
-@pytest.mark.parametrize("shape", [(700, 5), (2, 70_001), (1, 1 << 17)])
-def test_thresholds_of_many_small_and_few_large_samples(device, shape):
-    out = torch.from_numpy(np.random.default_rng(23).normal(size=shape)).to(torch.bfloat16)
-    got = thresholded("cuda", out.to(device), torch.float32, 0.995, 0.5)
-    assert raw(got) == raw(thresholded("cpu", out, torch.float32, 0.995, 0.5))
-
-
 @pytest.mark.parametrize("indexed", [False, True])
-def test_rows_threshold_where_one_did_when_the_table_was_checked(device, usable, indexed):
-    plan = thresholds(1.0, 1.0)
-    table = torch.tensor(plan.table)
-    none = table.clone()
-    none[0, 0] = EVALUATE + WRITES_X
-    registers = Registers(x=torch.ones(2, 8, device=device))
+def test_rows_grow_where_one_did_when_the_table_was_checked(device, usable, indexed):
+    plain = PackedRow(flags=EVALUATE | WRITES_X, b_0=1.0, k=(1.0,))
+    grown = dataclasses.replace(plain, u=0.5)
+    tables = [torch.from_numpy(encode([row], Layout())) for row in (plain, grown)]
+    registers = Registers(x=torch.ones(2, 9, device=device))
     index = torch.zeros(2, dtype=torch.int64, device=device) if indexed else None
-    bound = backends.get("cuda").bind(registers, none, plan.layout, index)
-    twos = torch.full((2, 8), 2.0, device=device)
+    bound = backends.get("cuda").bind(registers, tables[0], Layout(), index)
+    twos = torch.full((2, 9), 2.0, device=device)
+    bound.table.copy_(tables[1])  # the launched kernel leaves out what this row asks for
     bound.run(0, twos, None)
-    bound.check()
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-    bound.table.copy_(table)  # nothing is launched that would find the scales
-    bound.run(0, twos + 1, None)
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-    with pytest.raises(
-        ValueError, match=r"when it was bound or refreshed; got row 0\. Call run\.re"
-    ):
+    with pytest.raises(ValueError, match=r"blend, multiply .* bound or refreshed; got row 0\."):
         bound.check()
-    bound.refresh(table)
+    assert torch.equal(registers.x.cpu(), torch.ones(2, 9))
+    bound.refresh(tables[1])
     bound.run(0, twos, None)
-    assert torch.equal(registers.x.cpu(), torch.ones(2, 8))
-    bound.table[0, plan.layout.columns.index("floor")] = 4.0  # the floor
-    bound.run(0, twos, None)
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 0.5))
-    bound.table.copy_(none)
-    bound.run(0, twos, None)
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-    bound.refresh(none)
-    bound.run(0, twos + 1, None)
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 3.0))
     bound.check()
-
-
-def test_a_stage_without_elements_or_evaluation_thresholds_nothing(device):
-    assert thresholded("cuda", torch.ones(3, 0, device=device), torch.float32, 0.9, 0.5).shape == (
-        3,
-        0,
-    )
-    plan = thresholds(0.5, 0.1)
-    table = torch.tensor(plan.table)
-    table[0, 0] = WRITES_X + THRESHOLD
-    table[0, [plan.layout.columns.index(name) for name in ("a_x", "b_0", "k_0")]] = torch.tensor(
-        [0.5, 0.0, 0.0], dtype=torch.float64
-    )
-    registers = Registers(x=torch.full((2, 8), 4.0, device=device))
-    bound = backends.get("cuda").bind(registers, table, plan.layout)
-    bound.run(0, None, None)
-    bound.check()
-    assert torch.equal(registers.x.cpu(), torch.full((2, 8), 2.0))
-
-
-def test_a_floor_that_the_state_cannot_hold_is_refused_when_bound(device):
-    plan = thresholds(0.9, 1e99)
-    for state in DTYPES[:2]:
-        registers = Registers(x=torch.ones(2, 8, dtype=state, device=device))
-        if state == torch.float64:
-            backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
-            continue
-        with pytest.raises(ValueError, match="positive floor"):
-            backends.get("cuda").bind(registers, torch.tensor(plan.table), plan.layout)
-
-
-def test_samples_too_large_to_count_are_refused(host_core):
-    plan = thresholds(0.9, 1.0)
-    table, none = torch.tensor(plan.table), torch.tensor(ONE_STAGE.table)
-
-    def stage(size: int) -> object:
-        return host_core.Stage(fields(x=1 << 40, batch=1, size=size))
-
-    stage((1 << 32) - 1).check_table(table.data_ptr())
-    stage(1 << 32).check_table(none.data_ptr())
-    with pytest.raises(NotImplementedError, match=r"2\^32 elements; got 4294967296\."):
-        stage(1 << 32).check_table(table.data_ptr())
+    assert torch.equal(registers.x.cpu(), torch.full((2, 9), 2.5))
 
 
 # -- mistakes --------------------------------------------------------------------------------------
@@ -694,257 +473,3 @@ def test_without_the_module_status_says_how_to_build_it(monkeypatch):
     finally:
         monkeypatch.undo()
         _core.cuda_core.cache_clear()
-
-
-# -- machine code ----------------------------------------------------------------------------------
-
-
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit; Triton ships some."""
-    found = shutil.which(name)
-    spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-        found = str(path) if path.exists() else None
-    return found
-
-
-# The most registers of a thread, in the architectures built by default: 65,536 a processor, 256
-# threads a block, so four blocks run at once in float32 and two in float64. The blocks that find
-# scales have 1,024 and 512 threads, and one of them fits.
-REGISTERS = {"float": 64, "double": 128, "normals": 40}
-
-
-@pytest.fixture(scope="module")
-def cuobjdump() -> Callable[..., str]:
-    program = tool("cuobjdump")
-    if CORE is None or program is None:
-        pytest.skip(str(WHY_NOT) if CORE is None else "needs cuobjdump")
-
-    def dump(*options: str) -> str:
-        done = subprocess.run([program, *options, CORE.__file__], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return dump
-
-
-def functions(text: str, start: str) -> dict[str, str]:
-    """The parts of a dump by kernel."""
-    parts = re.split(rf"^\s*{start}\s*:?\s*(\S+?):?\s*$", text, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
-
-
-def test_kernels_spill_nothing_and_leave_room_for_the_blocks_planned(cuobjdump, record_property):
-    archs = set(re.findall(r"sm_\d+", cuobjdump("--list-elf")))
-    if not archs:
-        pytest.skip("the module holds PTX alone")
-    for arch in archs:
-        usages = cuobjdump("--dump-resource-usage", "--gpu-architecture", arch)
-        kernels = functions(usages, "Function")
-        assert len({name for name in kernels if "stage" in name}) == 16
-        assert len({name for name in kernels if "thresholds" in name}) == 8
-        for name, usage in kernels.items():
-            used = {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", usage)}
-            kind = "normals" if "normals" in name else "float" if "If" in name else "double"
-            record_property(f"{arch} {name}", used["REG"])
-            assert used["REG"] <= REGISTERS[kind], (arch, name, used)
-            assert used["STACK"] == 0, (arch, name, used)
-            assert used["LOCAL"] == 0, (arch, name, used)
-
-
-def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory(cuobjdump):
-    available = set(re.findall(r"sm_\d+", cuobjdump("--list-elf")))
-    if not available:
-        pytest.skip("the module holds PTX alone")
-    arch = "sm_90" if "sm_90" in available else max(available)
-    code = functions(cuobjdump("--dump-sass", "--gpu-architecture", arch), "Function")
-    stages = {name: text for name, text in code.items() if "stage" in name}
-    assert len(stages) == 16
-    for name, text in stages.items():
-        assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), name
-        assert re.search(r"\bSTG\.E(\.\w+)*\.128\b", text), name
-    scales = {name: text for name, text in code.items() if "thresholds" in name}
-    assert len(scales) == 8
-    for name, text in scales.items():
-        assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), name
-        assert re.search(r"\bATOMS\.POPC\.INC\b", text), name  # counts, in shared memory
-        assert not re.search(r"\b(ATOM|ATOMG|RED)\.", text), name
-    for name, text in code.items():
-        assert not re.search(r"\b(LDL|STL)\b", text), name
-        assert not re.search(r"\bLD\.E\b|\bST\.E\b", text), name  # address spaces are known
-
-
-# -- on GPUs alone ---------------------------------------------------------------------------------
-
-
-@gpu
-@needs_module
-@needs_cpu
-def test_stages_run_on_the_current_stream():
-    rng = np.random.default_rng(12)
-    registers = random_registers(rng, (4, 1 << 16), torch.float32, NOISY.layout)
-    out = random_output(rng, (4, 1 << 16), NOISY.layout, torch.float32)
-    table, given = torch.tensor(NOISY.table), out.to(CUDA)
-    streams = [torch.cuda.Stream(CUDA) for _ in range(2)]
-    results = []
-    for stream in streams:
-        there = on(CUDA, registers)
-        bound = backends.get("cuda").bind(there, table, NOISY.layout)
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(10_000_000)  # what escapes the stream runs before this is over
-            late = given * 1.0
-            for row in (0, 1):
-                bound.run(row, late, None)
-        results.append(there)
-    torch.cuda.synchronize()
-    reference = backends.get("cpu").bind(registers, table, NOISY.layout)
-    for row in (0, 1):
-        reference.run(row, out, None)
-    for there in results:
-        assert_same(there, registers)
-
-
-@gpu
-@needs_module
-@needs_cpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_registers_on_another_device_than_the_current_one():
-    rng = np.random.default_rng(13)
-    other = torch.device("cuda", 1)
-    registers = random_registers(rng, (2, 999), torch.float32, NOISY.layout)
-    out, table = (
-        random_output(rng, (2, 999), NOISY.layout, torch.float32),
-        torch.tensor(NOISY.table),
-    )
-    there = on(other, registers)
-    with torch.cuda.device(0):
-        backends.get("cuda").bind(there, table, NOISY.layout).run(0, out.to(other), None)
-        assert torch.cuda.current_device() == 0
-    backends.get("cpu").bind(registers, table, NOISY.layout).run(0, out, None)
-    assert_same(there, registers)
-    with pytest.raises(ValueError, match="lies on cuda:1"):
-        backends.get("cuda").bind(there, table, NOISY.layout).run(0, out.to(CUDA), None)
-
-
-@gpu
-@needs_module
-@needs_cpu
-@pytest.mark.parametrize("indexed", [False, True])
-def test_replay_reads_the_new_table(indexed):
-    rng = np.random.default_rng(14)
-    registers = random_registers(rng, (3, 50), torch.float32, NOISY.layout, m=torch.bfloat16)
-    out, table = random_output(rng, (3, 50), NOISY.layout, torch.float32), torch.tensor(NOISY.table)
-    index = torch.tensor([1, 0, 1]) if indexed else None
-    there, given = on(CUDA, registers), out.to(CUDA)
-    at = torch.zeros(1, dtype=torch.int64, device=CUDA)
-    bound = backends.get("cuda").bind(
-        there, table, NOISY.layout, index.to(CUDA) if indexed else None, at
-    )
-    start = on(CUDA, registers)
-    side = torch.cuda.Stream(CUDA)
-    side.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(side):
-        bound.run(0, given, None)
-    torch.cuda.current_stream(CUDA).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        bound.run(0, given, None)
-    for change in range(3):
-        table[:, NOISY.layout.columns.index("b_0")] = 0.1 * change
-        bound.table.copy_(table)
-        row = 0 if indexed else change % 2
-        at.fill_(row)
-        for a, b in zip(written(there), written(start), strict=True):
-            a.copy_(b)
-        expected = on(CPU, start)
-        expected.seeds.copy_(registers.seeds)
-        backends.get("cpu").bind(expected, table, NOISY.layout, index).run(row, out, None)
-        graph.replay()
-        assert_same(there, expected)
-        for a in written(there):
-            a.fill_(torch.nan)
-
-
-@gpu
-@needs_module
-@needs_cpu
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("state", DTYPES[:2])
-def test_a_replay_thresholds_by_the_new_table(state, indexed):
-    rng = np.random.default_rng(24)
-    layout = Layout(terms=1, branches=2)
-    rows = [random_row(rng, layout, with_e=False, draws=k) for k in range(2)]
-    for row in rows:
-        row[0] = (int(row[0]) & ~CLIP) | EVALUATE | WRITES_X | THRESHOLD
-    registers = random_registers(rng, (3, 20_003), state, layout, m=torch.bfloat16)
-    outs = [random_output(rng, (3, 20_003), layout, torch.float16) for _ in range(3)]
-    index = torch.tensor([1, 0, 1]) if indexed else None
-    at = torch.zeros(1, dtype=torch.int64, device=CUDA)
-    there, start, given = on(CUDA, registers), on(CUDA, registers), outs[0].to(CUDA)
-    table = table_of(*rows)
-    table[:, 6:8] = torch.tensor([0.9, 0.5])
-    bound = backends.get("cuda").bind(
-        there, table, layout, None if index is None else index.to(CUDA), at
-    )
-    side = torch.cuda.Stream(CUDA)
-    side.wait_stream(torch.cuda.current_stream(CUDA))
-    with torch.cuda.stream(side):
-        bound.run(0, given, None)
-    torch.cuda.current_stream(CUDA).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        bound.run(0, given, None)
-    for change, pair in enumerate([(0.3, 0.01), (0.995, 0.5), (1.0, 2.0)]):
-        table[:, 6:8] = torch.tensor(pair)
-        table[1, 0] = EVALUATE + WRITES_X + (THRESHOLD if change else 0)
-        bound.table.copy_(table)
-        given.copy_(outs[change])
-        row = 0 if indexed else change % 2
-        at.fill_(row)
-        for a, b in zip(written(there), written(start), strict=True):
-            a.copy_(b)
-        expected = on(CPU, start)
-        backends.get("cpu").bind(expected, table, layout, index).run(row, outs[change], None)
-        graph.replay()
-        bound.check()
-        assert_same(there, expected, change)
-        for a in written(there):
-            a.fill_(torch.nan)
-
-
-@gpu
-@needs_module
-def test_a_table_changed_during_a_capture_is_refused():
-    table = torch.tensor(ONE_STAGE.table)
-    registers = Registers(x=torch.ones(1, 8, device=CUDA))
-    bound = backends.get("cuda").bind(registers, table, ONE_STAGE.layout)
-    out = torch.ones(1, 8, device=CUDA)
-    table.mul_(1.0)
-    with (
-        pytest.raises(RuntimeError, match="before a capture"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        bound.run(0, out, None)
-    bound.run(0, out, None)
-    torch.cuda.synchronize()
-
-
-@gpu
-@needs_module
-@pytest.mark.slow
-def test_more_elements_than_a_32_bit_index_counts():
-    size = (1 << 31) + 5
-    if torch.cuda.mem_get_info(CUDA)[0] < 3 * 2 * size + 4 * size:
-        pytest.skip("needs about 20 GiB of device memory")
-    x = torch.ones(1, size, device=CUDA)
-    out = torch.ones(1, size, dtype=torch.bfloat16, device=CUDA)
-    out[0, -3:] = 3.0
-    bound = backends.get("cuda").bind(
-        Registers(x=x), torch.tensor(ONE_STAGE.table), ONE_STAGE.layout
-    )
-    bound.run(0, out, None)
-    bound.check()
-    assert bool((x[0, :-3] == 2.5).all())
-    assert x[0, -3:].tolist() == [6.5, 6.5, 6.5]

@@ -34,8 +34,6 @@ from fastdiff.plans import (
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-stage_module = pytest.importorskip("fastdiff.kernels.stage")
-threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
 philox = pytest.importorskip("fastdiff.kernels.philox")
 F32, F64, BF16, F16 = DTYPES
 SIZES = [0, 1, 15, 16, 17, 1023, 1025, 5000]
@@ -57,10 +55,10 @@ def words_kernel(p_words, p_seeds, p_quads, stream, N: tl.constexpr):
 
 
 @triton.jit
-def normals_kernel(p_z, p_seeds, stream, ROWS: tl.constexpr, COLS: tl.constexpr):
-    o_b, o_c = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+def normals_kernel(p_z, p_seeds, stream, SAMPLES: tl.constexpr, COLS: tl.constexpr):
+    o_b, o_c = tl.arange(0, SAMPLES)[:, None], tl.arange(0, COLS)[None, :]
     quad = tl.arange(0, COLS // 4)[None, :].to(tl.int64)
-    z = philox.normals(tl.load(p_seeds + o_b), stream.to(tl.uint32), quad, ROWS, COLS)
+    z = philox.normals(tl.load(p_seeds + o_b), stream.to(tl.uint32), quad, SAMPLES, COLS)
     tl.store(p_z + o_b * COLS + o_c, z)
 
 
@@ -88,7 +86,7 @@ def test_normals_are_the_definitions_bit_for_bit(device, rows, cols, stream):
     seeds = noise.seeds_tensor((SEEDS * rows)[:rows], rows)
     z = torch.zeros(rows, cols, device=device)
     options = {} if INTERPRETED else {"enable_fp_fusion": False}
-    normals_kernel[(1,)](z, seeds.to(device), stream, ROWS=rows, COLS=cols, **options)
+    normals_kernel[(1,)](z, seeds.to(device), stream, SAMPLES=rows, COLS=cols, **options)
     assert raw(z.cpu()) == noise.reference(seeds.numpy(), cols, stream).tobytes()
 
 

@@ -32,7 +32,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 stage_module = pytest.importorskip("fastdiff.kernels.stage")
 threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
-philox = pytest.importorskip("fastdiff.kernels.philox")
+reduce_module = pytest.importorskip("fastdiff.kernels.reduce")
 F32, F64, BF16, F16 = DTYPES
 
 # -- columns ---------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_tiles_cover_every_element_once(batch, size, draws, own):
     (programs, _, _), (b, units, _), constants = launches.launch_shape(
         batch, size, size, draws, own, 1024
     )
-    rows, cols = constants["ROWS"], constants["COLS"]
+    rows, cols = constants["SAMPLES"], constants["COLS"]
     n = units * constants["UNIT"]
     assert b * n == batch * size
     assert rows * cols <= 1024
@@ -171,8 +171,8 @@ def test_a_launch_that_does_not_fit_the_grid_is_refused():
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="CPU tensors")
-@pytest.mark.parametrize("of_scales", [False, True])
-def test_later_launches_pass_what_the_first_passed(monkeypatch, of_scales):
+@pytest.mark.parametrize("of", ["stage", "scale", "measure"])
+def test_later_launches_pass_what_the_first_passed(monkeypatch, of):
     # a compiled kernel is called with all arguments in order, past the look-up of the first launch
     class Kernel:
         def __init__(self, kernel):
@@ -196,27 +196,35 @@ def test_later_launches_pass_what_the_first_passed(monkeypatch, of_scales):
             return lambda *args: launches.append((grid, dict(zip(names, args, strict=True))))
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
-    layout = Layout(terms=2, branches=2, extras=1)
+    layout = Layout(terms=2, branches=2, extras=1, measures=1)
     registers = random_registers(np.random.default_rng(0), (3, 20), F32, layout, True, BF16)
-    table = torch.from_numpy(L.encode([L.PackedRow()] * 2, layout))
-    if of_scales:
-        table[:, layout.column("flags")] = EVALUATE + THRESHOLD
-        table[:, [layout.column("quantile"), layout.column("floor")]] = 1.0
-    run = backends.get("triton").bind(registers, table, layout)
-    kernels = Kernel(stage_module.stage_kernel), Kernel(threshold_module.scale_kernel)
-    monkeypatch.setattr(stage_module, "stage_kernel", kernels[0])
-    monkeypatch.setattr(threshold_module, "scale_kernel", kernels[1])
+    registers = dataclasses.replace(registers, scalars=torch.zeros(3, 1))
+    row = L.PackedRow()
+    if of == "scale":
+        row = L.PackedRow(flags=EVALUATE + THRESHOLD, quantile=1.0, floor=1.0)
+    if of == "measure":
+        row.measures = (L.PackedMeasure(0, L.PackedReduction("sum", ("x", 0))),)
+    table = torch.from_numpy(L.encode([row] * 2, layout))
+    stage = backends.get("triton").bind(registers, table, layout)
+    kernels = {}
+    modules = {"stage": stage_module, "scale": threshold_module, "measure": reduce_module}
+    for name, module in modules.items():
+        kernels[name] = Kernel(getattr(module, f"{name}_kernel"))
+        monkeypatch.setattr(module, f"{name}_kernel", kernels[name])
     monkeypatch.setattr(launches, "interpreting", lambda: False)
-    seen, names = kernels[of_scales].launches, kernels[of_scales].names
+    seen, names = kernels[of].launches, kernels[of].names
     outputs = [torch.zeros(6, 20), torch.zeros(6, 20), torch.zeros(6, 40)[:, :20]]
     for i, out in enumerate((outputs[0], outputs[1], outputs[2], outputs[2])):
-        run(i % 2, out, None)
+        stage.measure(i % 2, out, None)
+        stage.run(i % 2, out, None)
         grid, arguments = seen[-1]
         assert len(grid) == 3
         assert arguments["p_out"] is out
         assert arguments["row"] == i % 2
     assert len(seen) == 4
-    assert len(kernels[not of_scales].launches) == 4 * of_scales
+    assert len(kernels["stage"].launches) == 4
+    assert len(kernels["scale"].launches) == 4 * (of == "scale")
+    assert len(kernels["measure"].launches) == 4 * (of == "measure")
     for first, later in (seen[:2], seen[2:]):
         assert first[0] == later[0]
         assert list(first[1]) == list(later[1]) == names

@@ -25,10 +25,8 @@ from fastdiff.plans import (
 )
 
 triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
 stage_module = pytest.importorskip("fastdiff.kernels.stage")
 threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
-philox = pytest.importorskip("fastdiff.kernels.philox")
 reduce_module = pytest.importorskip("fastdiff.kernels.reduce")
 
 # -- the specialisations the library relies on -----------------------------------------------------

@@ -20,10 +20,6 @@ from fastdiff.plans import (
 )
 
 triton = pytest.importorskip("triton")
-tl = pytest.importorskip("triton.language")
-stage_module = pytest.importorskip("fastdiff.kernels.stage")
-threshold_module = pytest.importorskip("fastdiff.kernels.threshold")
-philox = pytest.importorskip("fastdiff.kernels.philox")
 F32, F64, BF16, F16 = DTYPES
 
 
@@ -33,8 +29,8 @@ F32, F64, BF16, F16 = DTYPES
 def thresholded(name, out, quantile, floor, device="cpu", state=None) -> torch.Tensor:
     plan = thresholds(quantile, floor)
     x = torch.full(out.shape, torch.nan, dtype=state or out.dtype, device=device)
-    run = backends.get(name).bind(Registers(x=x), as_table(plan), plan.layout)
-    run(0, out.to(device), None)
+    stage = backends.get(name).bind(Registers(x=x), as_table(plan), plan.layout)
+    stage.run(0, out.to(device), None)
     return x.cpu()
 
 
@@ -71,7 +67,7 @@ LEVELS = [(1e-7, 1e-3), (0.5, 2.0), (0.9, 1e-3), (0.995, 1.0), (1.0, 1e-3)]
 def test_a_threshold_gives_the_bits_of_the_compiled_core(device, state, size):
     out = magnitudes_of_all_kinds(np.random.default_rng(size), size, state)
     # the interpreter takes a second for each
-    for level in LEVELS if device == "cuda" else LEVELS[size % 3 :: 3]:
+    for level in LEVELS if device == "cuda" else LEVELS[size % 3 :: 3 if state == F32 else 5]:
         wanted, got = thresholded("cpu", out, *level), thresholded("triton", out, *level, device)
         number = ~wanted.isnan()
         assert raw(got[number]) == raw(wanted[number]), level
@@ -106,7 +102,7 @@ def test_a_sixteen_bit_state_is_thresholded_in_float32(device, state):
 @FUSES
 def test_rows_with_a_threshold_give_the_bits_of_the_compiled_core(device, state):
     rng = np.random.default_rng(31)
-    for case in range(20 if state == F32 else 5):
+    for case in range(15 if state == F32 else 5):
         # 17 samples share a program of the stage where they are short
         batch, size = [(1, 1100), (3, 200), (17, 6), (2, 48), (3, 1)][case % 5]
         layout = Layout(terms=case % 4, branches=case % 2 + 1, extras=case % 3 // 2)

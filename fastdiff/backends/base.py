@@ -54,10 +54,12 @@ class BoundStage(Protocol):
     """A backend with registers and a table: it runs the table's rows.
 
     Attributes:
+        capturable: As of the backend.
         table: The rows that `run` reads, [rows, layout.width]; beside the registers where the
             backend keeps them on a device. Values may be replaced in place between runs.
     """
 
+    capturable: bool
     table: torch.Tensor
 
     def run(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:

@@ -70,6 +70,7 @@ class CpuStage:
     """
 
     __slots__ = ("measure", "run", "table")
+    capturable = True
 
     def __init__(
         self,

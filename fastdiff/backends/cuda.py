@@ -135,6 +135,7 @@ class CudaStage:
     """
 
     __slots__ = ("check", "measure", "refresh", "run", "table")
+    capturable = True
 
     def __init__(self, rows: _Rows, x: torch.Tensor, branches: int, keep: object) -> None:
         self.table = rows.table

@@ -54,6 +54,8 @@ class TorchBackend:
 class TorchStage:
     """A `BoundStage` in PyTorch."""
 
+    capturable = False
+
     def __init__(
         self,
         registers: Registers,

@@ -150,5 +150,10 @@ def raw(tensor: torch.Tensor) -> bytes:
     return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
+
+
 def table_of(*rows: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))

@@ -78,8 +78,8 @@ def after(name, registers, rows, layout, out, xi=None, index=None, row=0, device
     """The registers on the CPU after one stage of `backend` on `device`."""
     copies = moved(registers, device)
     index = None if index is None else index.to(device)
-    run = backends.get(name).bind(copies, torch.from_numpy(np.stack(rows)), layout, index)
-    run(row, None if out is None else out.to(device), None if xi is None else xi.to(device))
+    stage = backends.get(name).bind(copies, torch.from_numpy(np.stack(rows)), layout, index)
+    stage.run(row, None if out is None else out.to(device), None if xi is None else xi.to(device))
     return moved(copies, "cpu")
 
 

@@ -132,7 +132,7 @@ def launch_shape(
 
     Returns:
         The grid; the kernel's arguments (batch, size_units, out_units); and those of its constants
-        that follow: UNIT, OUT_UNIT, ROWS and COLS.
+        that follow: UNIT, OUT_UNIT, SAMPLES and COLS.
 
     Raises:
         ValueError: There are more programs than a grid holds.
@@ -154,7 +154,7 @@ def launch_shape(
     unit = _unit(size)
     out_unit = 0 if contiguous else _unit(stride)
     numbers = (batch, size // unit, stride // (out_unit or 1))
-    constants = {"UNIT": unit, "OUT_UNIT": out_unit, "ROWS": rows, "COLS": cols}
+    constants = {"UNIT": unit, "OUT_UNIT": out_unit, "SAMPLES": rows, "COLS": cols}
     return (programs, 1, 1), numbers, constants
 
 

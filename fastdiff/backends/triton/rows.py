@@ -224,7 +224,7 @@ class _Check:
             into_y |= formed & (rows[f"into_{j}"] == INTO.index("y"))
         reads_e = rows.weigh("a_e", "d_e") | rows.read("e")
         point = (rows["p"] != 0) | (rows["u"] != 0) | into_y
-        reads_e |= rows.evaluates & rows.at_e & (point | rows.read("y"))
+        reads_e |= rows.evaluates & rows.at_e & point
         reads_e |= rows.at_e & rows.read("point")
         if self.registers.e is None:
             self.refuse(

@@ -51,6 +51,8 @@ class TritonStage:
     A row index outside the table is not reported: its sample is left as it is.
     """
 
+    capturable = True
+
     def __init__(
         self,
         registers: Registers,

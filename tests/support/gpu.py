@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the CUDA backend runs: a GPU, or the host in its place."""
+"""Where the CUDA backend runs: a GPU, or the host in its place; and what its tests bind."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.rows import raw, written
 
 from fastdiff import _core
+from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
+from fastdiff.plans import Layout, Plan, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 CORE, WHY_NOT = _core.cuda_core()
@@ -74,3 +77,53 @@ def usable() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         assert float(torch.ones(4, device=CUDA).sum()) == 4.0
+
+
+# -- what is bound ---------------------------------------------------------------------------------
+
+
+def fields(**changes: int) -> dict[str, int]:
+    """What the core is told of a bound stage with one row of no groups."""
+    names = "state network e history slots m copies bank entries scalars scalar_columns seeds terms"
+    names += " extras products measures stage_index offset row_index device"
+    own = dict.fromkeys(names.split(), 0)
+    own |= {"batch": 2, "size": 4, "x": 1 << 20, "bank_batch": 1, "table": 4096, "rows": 1}
+    own |= {"branches": 1, "width": Layout().width, "fault": 8192, "scale": 16384}
+    return own | changes
+
+
+def moved(tensor: torch.Tensor | None, device: torch.device, offset: int) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    store = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+    return store[offset:].view(tensor.shape).copy_(tensor)
+
+
+def on(device: torch.device, registers: Registers, offset: int = 0) -> Registers:
+    """A copy there, `offset` elements off alignment."""
+    return Registers(
+        x=moved(registers.x, device, offset),
+        e=moved(registers.e, device, offset),
+        history=moved(registers.history, device, offset),
+        m=moved(registers.m, device, offset),
+        bank=moved(registers.bank, device, offset),
+        seeds=moved(registers.seeds, device, 0),
+    )
+
+
+def assert_same(got: Registers, wanted: Registers, context: object = None) -> None:
+    """Equal to the bit, NaN included."""
+    for a, b in zip(written(got), written(wanted), strict=True):
+        assert raw(a) == raw(b), context
+
+
+ONE_STAGE = Plan(stages=(Stage(t=1.0, a_x=0.5, b=(2.0,)),), times=(1.0, 0.0))
+NOISY = Plan(
+    stages=(
+        Stage(t=1.0, a_x=0.9, b=(0.3,), c=0.5, noise=((3, 1.0),)),
+        Stage(t=0.5, a_x=0.8, b=(0.2, 0.1), c=0.4, noise=((4, 0.6), (5, 0.8))),
+    ),
+    times=(1.0, 0.0),
+)
+
+needs_cpu = pytest.mark.skipif(_core.native is None, reason="the CPU core is not built")
