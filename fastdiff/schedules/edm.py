@@ -90,7 +90,7 @@ class EDM(Schedule):
         return 2.0 * as_array(t)
 
     def prior_scale(self, t: float) -> float:
-        """sigma: the data's own scale is small beside it."""
+        """sigma_t: the data's own scale is small beside it."""
         return float(t)
 
     def model_time(self, t: ArrayLike, prediction: str = "epsilon") -> Array:

@@ -28,8 +28,8 @@ class DEIS(EpsilonMultistep):
 
     Args:
         order: Outputs combined by a full step, 1 to 4.
-        lower_order_final: True lowers the last steps to order .. 2, 1. The default is False: these
-            methods, as published, do not lower, and do not need it.
+        lower_order_final: True lowers the last steps to order .. 2, 1. The default is False: as
+            published, these methods do not lower, and they do not need to.
         warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations, but the asymptotic
             order is at most 2) or "runge-kutta" (the first order - 1 steps by rhoRK of the same
             order; full order).
@@ -73,7 +73,7 @@ class RhoAB(EpsilonMultistep):
     Order `order` with the runge-kutta warm-up, at most 2 without. Ends at sigma = 0 are legal.
 
     Args:
-        order, lower_order_final, warmup: As in `DEIS`.
+        order, lower_order_final, warmup: The options of `DEIS`.
         published: True takes the authors' left Riemann sums of 10000 nodes (relative error of the
             weights 2e-5).
 
