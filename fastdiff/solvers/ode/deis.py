@@ -17,7 +17,24 @@ _RIEMANN_NODES = 10_000
 
 
 @dataclass(frozen=True)
-class DEIS(EpsilonMultistep):
+class Integrated(EpsilonMultistep):
+    """Multistep on epsilon whose weights are integrals of polynomials through its nodes.
+
+    Args:
+        order: Outputs combined by a full step, 1 to 4.
+        published: True takes the authors' Riemann sums in place of the integrals.
+    """
+
+    order: int = 3
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        self.check_multistep()
+        choice(self.name, "published", self.published, (False, True))
+
+
+@dataclass(frozen=True)
+class DEIS(Integrated):
     """tAB-DEIS: epsilon extrapolated by a polynomial in t, integrated under the exact kernel.
 
         x_{i+1} = (alpha_{i+1}/alpha_i) x_i + sum_j C_ij epsilon_{i-j}
@@ -41,13 +58,6 @@ class DEIS(EpsilonMultistep):
     arXiv:2204.13902, eqs. 14-15; code qsh-zh/deis a30709f.
     """
 
-    order: int = 3
-    published: bool = False
-
-    def __post_init__(self) -> None:
-        self.check_multistep()
-        choice(self.name, "published", self.published, (False, True))
-
     @property
     def name(self) -> str:
         return f"deis-{self.order}"
@@ -65,7 +75,7 @@ class DEIS(EpsilonMultistep):
 
 
 @dataclass(frozen=True)
-class RhoAB(EpsilonMultistep):
+class RhoAB(Integrated):
     """rhoAB-DEIS: epsilon extrapolated by a polynomial in rho = sigma/alpha.
 
         x_{i+1} = (alpha_{i+1}/alpha_i) x_i + alpha_{i+1} sum_j int L_j(rho) d rho epsilon_{i-j}
@@ -79,13 +89,6 @@ class RhoAB(EpsilonMultistep):
 
     Source: Zhang & Chen, arXiv:2204.13902, section 3.3; code qsh-zh/deis a30709f.
     """
-
-    order: int = 3
-    published: bool = False
-
-    def __post_init__(self) -> None:
-        self.check_multistep()
-        choice(self.name, "published", self.published, (False, True))
 
     @property
     def name(self) -> str:
