@@ -87,8 +87,8 @@ class Batcher:
             )
         self._described, leaves = described(self._cond)
         with torch.inference_mode(False):
-            self._own = [leaf.detach().clone() for leaf, _ in leaves]
-        self._rows = [rows for _, rows in leaves]
+            self._held = [leaf.detach().clone() for leaf, _ in leaves]
+        self._per_sample = [per_sample for _, per_sample in leaves]
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
         self._captures = self._captures_on(like)
 
@@ -183,10 +183,11 @@ class Batcher:
         self._check_numbers(x)
         seeds = None if seed is None else noise.seeds_tensor(seed, 1)
         conditioning.check(cond, 1)
-        said, leaves = described(self._job.guidance.conditions(cond, 1))
-        shared = zip(self._own, leaves, strict=False)
-        if said != self._described or not all(
-            rows or own is leaf or torch.equal(own, leaf) for own, (leaf, rows) in shared
+        description, leaves = described(self._job.guidance.conditions(cond, 1))
+        pairs = zip(self._held, leaves, strict=False)
+        if description != self._described or not all(
+            per_sample or held is leaf or torch.equal(held, leaf)
+            for held, (leaf, per_sample) in pairs
         ):
             raise ValueError(
                 "Batcher: a sample's conditioning has the structure, dtypes and numbers of the "
@@ -197,10 +198,12 @@ class Batcher:
         with torch.no_grad():
             self._seat(place, x, chosen, seeds)
             branches = self._job.guidance.branches
-            for own, (leaf, _), rows in zip(self._own, leaves, self._rows, strict=True):
-                if rows:
-                    shape = own.shape[1:]
-                    own.view(branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
+            for held, (leaf, _), per_sample in zip(
+                self._held, leaves, self._per_sample, strict=True
+            ):
+                if per_sample:
+                    shape = held.shape[1:]
+                    held.view(branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
             assert self._run.index is not None
             self._run.index[place] = self._first[plan]
         self._left[place] = len(chosen.stages)
@@ -254,7 +257,7 @@ class Batcher:
     # -- one stage -------------------------------------------------------------------------------
 
     def _cond_of(self) -> Any:
-        return rebuild(self._cond, iter(self._own))
+        return rebuild(self._cond, iter(self._held))
 
     def _advance(self, cond: Any) -> None:
         run, index = self._run, self._run.index

@@ -233,12 +233,13 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
     described: list[Hashable] = [type(cond).__qualname__]
     for value, path, whole in leaves_of(cond):
         if isinstance(value, _LEAVES):
-            staged = isinstance(value, PerStage)  # whole: a graph reads one stage after another
+            # a PerStage is kept as it is: a graph reads one stage of it after another
+            staged = isinstance(value, PerStage)
             tensor = value.values if isinstance(value, PerStage) else value
-            rows = not whole and not staged
-            tensors.append((tensor, rows))
-            shape = tuple(tensor.shape[1:] if rows else tensor.shape)
-            described.append((path, staged, rows, shape, tensor.dtype, tensor.device))
+            per_sample = not whole and not staged
+            tensors.append((tensor, per_sample))
+            shape = tuple(tensor.shape[1:] if per_sample else tensor.shape)
+            described.append((path, staged, per_sample, shape, tensor.dtype, tensor.device))
         elif isinstance(value, (*_CONSTANTS, Mapping, list, tuple)):
             constant = value if isinstance(value, _CONSTANTS) else None  # else: an empty container
             described.append((path, type(value), constant))

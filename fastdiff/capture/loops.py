@@ -71,13 +71,13 @@ class LoopCaptures:
             return self._captures[device]
 
     def mode(self, device: torch.device, watched: bool) -> str | None:
-        """ "auto", "loop", "stage", or None where a call runs eagerly.
+        """The mode of a call: "auto", "loop" or "stage"; None where it runs eagerly.
 
         Raises:
             ValueError: A named mode does not serve this device or this call.
         """
         graph = self._graph
-        if graph is None or capturing(device):  # part of another graph: as it is
+        if graph is None or capturing(device):  # a run inside another graph becomes part of it
             return None
         if device.type not in CAPTURERS:
             if graph.mode == "auto":
@@ -99,10 +99,10 @@ class LoopCaptures:
         """Samples by replay.
 
         Args:
-            mode: From `mode`.
+            mode: The mode that `mode` gave.
             job: What is sampled.
-            call: Its conditioning is that of all branches.
-            out: Where the result goes.
+            call: The call; its conditioning is that of all branches.
+            out: Takes the result.
 
         Returns:
             `out`; None where graph="auto" runs this call eagerly.
@@ -217,7 +217,7 @@ class _Work:
         branches = self.spec.branches
         with torch.inference_mode(False):
             sizes = (self.call.batch, self.spec.batch, branches)
-            cond = [_buffer(leaf, rows, *sizes) for leaf, rows in self.leaves]
+            cond = [_buffer(leaf, per_sample, *sizes) for leaf, per_sample in self.leaves]
         return _Captured(run, cond)
 
     def run_through(self, captured: _Captured, step: Callable[[Any], None]) -> None:
@@ -225,8 +225,9 @@ class _Work:
         run, plan = captured.run, self.job.plan
         run.load(plan, self.job.guidance)
         run.fill(self.call, plan)
-        for own, (leaf, rows) in zip(captured.cond, self.leaves, strict=True):
-            _fill_buffer(own, leaf, rows, (self.call.batch, self.spec.branches))
+        sizes = self.call.batch, self.spec.branches
+        for own, (leaf, per_sample) in zip(captured.cond, self.leaves, strict=True):
+            _fill_buffer(own, leaf, per_sample, sizes)
         if not self.spec.clocked:
             step(None)
             return
@@ -281,7 +282,7 @@ def check_capturable(backend: str) -> None:
 
 
 def _with_room(spec: Spec) -> Spec:
-    """A spec for stages captured one by one, of any plan that fits, with some room."""
+    """A spec with some room, for stages captured one by one that serve any plan that fits."""
     layout = replace(spec.layout, terms=max(spec.layout.terms, _TERMS))
     stages = max(_ROWS, 1 << (spec.stages - 1).bit_length())
     return replace(
@@ -312,19 +313,23 @@ def _both(a: Spec, b: Spec) -> Spec:
     return replace(a, layout=a.layout.joined(b.layout), **most)
 
 
-def _buffer(leaf: torch.Tensor, rows: bool, batch: int, size: int, branches: int) -> torch.Tensor:
+def _buffer(
+    leaf: torch.Tensor, per_sample: bool, batch: int, size: int, branches: int
+) -> torch.Tensor:
     """Memory for a tensor of the conditioning; samples past the batch hold the first one's."""
     leaf = leaf.detach()
-    if rows and size > batch:
+    if per_sample and size > batch:
         each = leaf.reshape(branches, batch, *leaf.shape[1:])
         first = each[:, :1].expand(branches, size - batch, *leaf.shape[1:])
         leaf = torch.cat([each, first], dim=1).reshape(branches * size, *leaf.shape[1:])
     return leaf.clone(memory_format=torch.contiguous_format)
 
 
-def _fill_buffer(own: torch.Tensor, leaf: torch.Tensor, rows: bool, sizes: tuple[int, int]) -> None:
+def _fill_buffer(
+    own: torch.Tensor, leaf: torch.Tensor, per_sample: bool, sizes: tuple[int, int]
+) -> None:
     """Copies a tensor of the conditioning to where a capture reads it."""
-    if not rows:
+    if not per_sample:
         own.copy_(leaf)
         return
     (batch, branches), shape = sizes, own.shape[1:]

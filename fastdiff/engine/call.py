@@ -154,11 +154,8 @@ def check_out(out: Any, x: torch.Tensor) -> None:
     """Raises unless a result can be written to `out`."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"sample: out is a tensor like x; got {type(out).__name__}.")
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"sample: out is like x, {tuple(x.shape)} {x.dtype} on {x.device}; got "
-            f"{tuple(out.shape)} {out.dtype} on {out.device}."
-        )
+    if not _alike(out, x):
+        raise ValueError(f"sample: out is like x, {_kind(x)}; got {_kind(out)}.")
     reach = 0  # of the dimensions of smaller strides
     sizes = sorted((st, n) for st, n in zip(out.stride(), out.shape, strict=True) if n > 1)
     for stride, size in sizes:
@@ -170,6 +167,16 @@ def check_out(out: Any, x: torch.Tensor) -> None:
         reach += stride * (size - 1)
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and device."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device, as errors show them."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
 def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
     """Raises unless noise is given as one tensor like the state for each stage."""
     if not isinstance(xi, torch.Tensor | list | tuple):
@@ -179,8 +186,7 @@ def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
     for i, z in enumerate(xi):
         if not isinstance(z, torch.Tensor):
             raise TypeError(f"sample: xi holds tensors; got {type(z).__name__} as xi[{i}].")
-        if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
+        if not _alike(z, x):
             raise ValueError(
-                f"sample: xi is like the state, {tuple(x.shape)} {x.dtype} on {x.device}; got "
-                f"xi[{i}] of {tuple(z.shape)} {z.dtype} on {z.device}."
+                f"sample: xi is like the state, {_kind(x)}; got xi[{i}] of {_kind(z)}."
             )
