@@ -34,16 +34,16 @@ class Batcher:
     """B places that samples of different plans share, one network call a step.
 
     Args:
-        network: As `Sampler` has it. It is called on all B places, whoever is in them: what it
-            returns for one must not depend on the others.
+        network: A network, as `Sampler` takes it. It is called on all B places, whoever is in them,
+            so what it returns for one place must not depend on the others.
         plans: The plans that requests choose from, of one prediction and without extra registers.
-        shape: [B, ...], of the whole batch.
-        cond: Conditioning as `Sampler.__call__` takes it, with B entries a tensor: an example that
-            says the structure and fills the places that are empty.
+        shape: Shape of the whole batch, [B, ...].
+        cond: An example of the conditioning, as `Sampler.__call__` takes it, with B entries a
+            tensor. It says the structure, and fills the places that are empty.
         guidance: `fastdiff.CFG` with a number for its scale, or None.
-        dtype: Of the state, float32 or float64.
+        dtype: Dtype of the state, float32 or float64.
         device: Where the registers lie.
-        backend: As in `Sampler`.
+        backend: A backend's name, as `Sampler` takes it.
         graph: "auto" and "stage" capture the stage (CUDA); None runs it eagerly.
 
     A request's sample does not depend on the requests around it: it is `fastdiff.sample`'s of the
@@ -68,8 +68,7 @@ class Batcher:
             raise TypeError(f"Batcher: plans are fastdiff.Plan, at least one; got {plans!r}.")
         plans = tuple(plans)
         check_request(network, plans, guidance, dtype)
-        whole = isinstance(shape, Sequence) and all(isinstance(n, int) for n in shape)
-        if not whole:
+        if not (isinstance(shape, Sequence) and all(isinstance(n, int) for n in shape)):
             raise TypeError(f"Batcher: shape is [B, ...], a sequence of integers; got {shape!r}.")
         shape = torch.Size(shape)
         if len(shape) == 0 or min(shape) < 1:
@@ -88,8 +87,8 @@ class Batcher:
             )
         self._described, leaves = described(self._cond)
         with torch.inference_mode(False):
-            self._own = [leaf.detach().clone() for leaf, _ in leaves]
-        self._rows = [rows for _, rows in leaves]
+            self._held = [leaf.detach().clone() for leaf, _ in leaves]
+        self._per_sample = [per_sample for _, per_sample in leaves]
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
         self._captures = self._captures_on(like)
 
@@ -163,7 +162,7 @@ class Batcher:
             The place, by which `step` names the sample when it is done.
 
         Raises:
-            ValueError, TypeError: An argument is none of these; nothing is changed.
+            ValueError, TypeError: An argument is not what it has to be; nothing is changed then.
             RuntimeError: All places are taken.
         """
         registers = self._run.registers
@@ -184,10 +183,11 @@ class Batcher:
         self._check_numbers(x)
         seeds = None if seed is None else noise.seeds_tensor(seed, 1)
         conditioning.check(cond, 1)
-        said, leaves = described(self._job.guidance.conditions(cond, 1))
-        shared = zip(self._own, leaves, strict=False)
-        if said != self._described or not all(
-            rows or own is leaf or torch.equal(own, leaf) for own, (leaf, rows) in shared
+        description, leaves = described(self._job.guidance.conditions(cond, 1))
+        pairs = zip(self._held, leaves, strict=False)
+        if description != self._described or not all(
+            per_sample or held is leaf or torch.equal(held, leaf)
+            for held, (leaf, per_sample) in pairs
         ):
             raise ValueError(
                 "Batcher: a sample's conditioning has the structure, dtypes and numbers of the "
@@ -198,10 +198,12 @@ class Batcher:
         with torch.no_grad():
             self._seat(place, x, chosen, seeds)
             branches = self._job.guidance.branches
-            for own, (leaf, _), rows in zip(self._own, leaves, self._rows, strict=True):
-                if rows:
-                    shape = own.shape[1:]
-                    own.view(branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
+            for held, (leaf, _), per_sample in zip(
+                self._held, leaves, self._per_sample, strict=True
+            ):
+                if per_sample:
+                    shape = held.shape[1:]
+                    held.view(branches, -1, *shape)[:, place] = leaf.view(-1, *shape)
             assert self._run.index is not None
             self._run.index[place] = self._first[plan]
         self._left[place] = len(chosen.stages)
@@ -249,7 +251,7 @@ class Batcher:
         return samples
 
     def stats(self) -> Stats:
-        """As `Sampler.stats`."""
+        """Counts of captures, replays and evictions, and the memory held; see `Sampler.stats`."""
         return Stats() if self._captures is None else self._captures.stats()
 
     def __reduce__(self) -> Any:
@@ -261,7 +263,7 @@ class Batcher:
     # -- one stage -------------------------------------------------------------------------------
 
     def _cond_of(self) -> Any:
-        return rebuild(self._cond, iter(self._own))
+        return rebuild(self._cond, iter(self._held))
 
     def _move(self) -> None:
         """Moves every sample eagerly; those that a network wrote to are given up."""
@@ -280,10 +282,10 @@ class Batcher:
         for branch in self._t[1:]:
             branch.copy_(self._t[0])
         arguments, keywords = arguments_of(cond)
-        given, told = run.registers.m, self._t.view(-1)
+        given, time = run.registers.m, self._t.view(-1)
         assert given is not None
         before = watch(given)
-        output = self._job.network(given, told, *arguments, **keywords)
+        output = self._job.network(given, time, *arguments, **keywords)
         if watch(given) != before:
             raise Written(
                 "Batcher: the network wrote to its input in place, which is the batcher's own "
@@ -313,7 +315,7 @@ class Batcher:
             for tensor, value in kept:
                 tensor.copy_(value)
 
-        def whole(step: Callable[[Any], None]) -> None:
+        def run_through(step: Callable[[Any], None]) -> None:
             restore()
             step(None)
 
@@ -323,7 +325,9 @@ class Batcher:
             while not done:
                 entry = Entry(self, bytes_of(held))
                 bodies = {None: body}
-                captures.capture(bodies, whole, lambda: run.registers.x, entry, self._job.network)
+                captures.capture(
+                    bodies, run_through, lambda: run.registers.x, entry, self._job.network
+                )
                 done = captures.add(key, entry)
         except BaseException:
             restore()  # no sample has moved
@@ -331,7 +335,7 @@ class Batcher:
 
 
 def check_request(network: Any, plans: tuple[Any, ...], guidance: Any, dtype: torch.dtype) -> None:
-    """Raises unless places can be shared by these plans."""
+    """Raises unless these plans can share places."""
     if not callable(network):
         raise TypeError(f"Batcher: network is callable as network(x, t); got {network!r}.")
     if not plans or not all(isinstance(plan, Plan) for plan in plans):
@@ -372,10 +376,10 @@ def places_spec(specs: Sequence[Spec], rows: Sequence[PackedRow]) -> Spec:
 
 
 def described(cond: Any) -> Any:
-    """`flatten` of a conditioning.
+    """The description and the tensors of a conditioning; see `conditioning.flatten`.
 
     Raises:
-        TypeError: It holds what places cannot share.
+        TypeError: The conditioning holds what places cannot share.
     """
     try:
         return flatten(cond)

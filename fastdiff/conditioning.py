@@ -64,8 +64,9 @@ def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
     """The same structure with every leaf replaced by `visit(leaf, path, whole)`.
 
-    Leaves are tensors, `PerStage`s, empty containers and everything that is no container. A
-    container in which nothing was replaced is returned itself.
+    Leaves are tensors, `PerStage`s, empty containers and everything that is no container. `whole`
+    says that a leaf stands in a list, a tuple or a dataclass, so that the network is given it
+    whole. A container in which nothing was replaced is returned itself.
     """
     if isinstance(value, _LEAVES):
         return visit(value, path, whole)
@@ -117,7 +118,7 @@ def leaves_of(cond: Any) -> list[tuple[Any, Path, bool]]:
     return found
 
 
-# -- looking at one --------------------------------------------------------------------------------
+# -- looking at a conditioning ---------------------------------------------------------------------
 
 
 def tensors_in(cond: Any) -> list[torch.Tensor]:
@@ -176,8 +177,8 @@ def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") 
         root: What the conditioning is called in errors.
 
     Raises:
-        ValueError: A tensor that belongs to samples has another number of them, or a `PerStage`
-            another number of stages.
+        ValueError: A tensor that has one entry a sample has another number of them, or a `PerStage`
+            has another number of stages.
         TypeError: A `PerStage` stands where it would not be seen.
     """
     if cond is None:
@@ -211,7 +212,7 @@ def _check_samples(tensor: torch.Tensor, batch: int, where: str) -> None:
         )
 
 
-# -- making another --------------------------------------------------------------------------------
+# -- making another from it ------------------------------------------------------------------------
 
 
 def at_stage(
@@ -231,21 +232,22 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
     """A hashable description of the conditioning, and its tensors in order.
 
     Returns:
-        The description, and of each tensor whether it has one entry a sample.
+        The description, and each tensor with whether it has one entry a sample.
 
     Raises:
-        TypeError: It holds an object whose changes a captured graph would not see.
+        TypeError: The conditioning holds an object whose changes a captured graph would not see.
     """
     tensors: list[tuple[torch.Tensor, bool]] = []
     described: list[Hashable] = [type(cond).__qualname__]
     for value, path, whole in leaves_of(cond):
         if isinstance(value, _LEAVES):
-            staged = isinstance(value, PerStage)  # whole: a graph reads one stage after another
+            # a PerStage is kept as it is: a graph reads one stage of it after another
+            staged = isinstance(value, PerStage)
             tensor = value.values if isinstance(value, PerStage) else value
-            rows = not whole and not staged
-            tensors.append((tensor, rows))
-            shape = tuple(tensor.shape[1:] if rows else tensor.shape)
-            described.append((path, staged, rows, shape, tensor.dtype, tensor.device))
+            per_sample = not whole and not staged
+            tensors.append((tensor, per_sample))
+            shape = tuple(tensor.shape[1:] if per_sample else tensor.shape)
+            described.append((path, staged, per_sample, shape, tensor.dtype, tensor.device))
         elif isinstance(value, (*_CONSTANTS, Mapping, list, tuple)):
             # 0.0 is another number than -0.0, and NaN is the same as itself
             constant = repr(value) if isinstance(value, (float, complex)) else value

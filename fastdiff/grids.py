@@ -82,8 +82,8 @@ def exponential(schedule: Schedule, steps: int, t_max: float, t_min: float) -> A
 def shift(schedule: Schedule, steps: int, t_max: float, t_min: float, shift: float = 3.0) -> Array:
     """Times t = shift s / (1 + (shift - 1) s) of a uniform s: the resolution shift, applied once.
 
-    The shift goes over the whole grid from t_max to t_min, which themselves are not shifted twice:
-    s runs between their preimages.
+    The shift covers the grid from t_max to t_min. The two ends are not shifted a second time: s
+    runs between their preimages.
 
     Source: Esser et al., "Scaling Rectified Flow Transformers", arXiv:2403.03206, eq. 23.
     """
@@ -179,8 +179,8 @@ def build(
         float64 [steps + 1], strictly decreasing.
 
     Raises:
-        ValueError: Unknown name, or times that are not finite, not strictly decreasing or outside
-            the schedule's domain.
+        ValueError: The name is unknown, or the times are not finite, not strictly decreasing or
+            outside the schedule's domain.
         TypeError: steps is not an integer.
     """
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):

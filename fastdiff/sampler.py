@@ -53,19 +53,20 @@ class Sampler:
             t, which are the sampler's own memory: a network that does is refused.
         plan: See `fastdiff.plan`.
         guidance: `fastdiff.CFG`, or None.
-        backend: A name in `fastdiff.backends.names()`; None: the fastest that can serve.
-        dtype: Of the network's input. None: that of the network's first floating parameter, or x's.
+        backend: A name in `fastdiff.backends.names()`. None takes the fastest that can serve.
+        dtype: Dtype of the network's input. None takes that of the network's first floating
+            parameter, or x's.
         graph: "loop", "stage", "auto", None (eager), or a `fastdiff.Graph`; CUDA tensors only.
-        gradient: None: nothing is tracked, and tensors that require grad are refused. "discrete" or
-            `fastdiff.Discrete`: the exact gradient of what the sampler computes, in the memory of
-            one network evaluation. `fastdiff.AdjointDEIS`: that of the continuous flow.
-            "backprop": autograd through the loop, for comparison. With grad mode off a run is as
-            with None.
+        gradient: How a run is differentiated. None tracks nothing and refuses tensors that require
+            grad. "discrete" or `fastdiff.Discrete` is the exact gradient of what the sampler
+            computes, in the memory of one network evaluation; `fastdiff.AdjointDEIS` is that of the
+            continuous flow; "backprop" is autograd through the loop, for comparison. With grad mode
+            off every choice samples without a gradient.
         params: Tensors (or a module) whose gradient is wanted where the network is no nn.Module.
         check: True looks for NaN and infinity in every network output and names the stage; it
             synchronises a GPU.
-        fresh_inputs: True gives the network memory of its own at every evaluation, at the price of
-            two copies each: for networks that keep their input (caching wrappers) or write to it.
+        fresh_inputs: True gives the network copies of x and t at every evaluation. Networks that
+            keep their input (caching wrappers) or write to it need them.
 
     The state and the history are float32 (float64 for a float64 x), whatever the network's dtype.
     Several threads may call one sampler at once, and a callback or the network may call it again:
@@ -127,7 +128,7 @@ class Sampler:
 
         Args:
             plan: The plan.
-            guidance: "same" keeps it; else as in the constructor.
+            guidance: "same" keeps the guidance; other values are those of the constructor.
         """
         job = self._job
         chosen = self.guidance if isinstance(guidance, str) and guidance == "same" else guidance
@@ -143,8 +144,8 @@ class Sampler:
     def release(self) -> None:
         """Gives up buffers, captures and their memory; the next call makes them anew.
 
-        Needed where something changed that a captured graph cannot see: a tensor replaced in a
-        closure or an attribute of the network that is no module.
+        Call it where something changed that a captured graph cannot see, such as a Python value
+        that decides what the network does.
         """
         self._leases.clear()
         self._pools.clear()
@@ -185,7 +186,7 @@ class Sampler:
         out: torch.Tensor | None = None,
         offset: int = 0,
     ) -> torch.Tensor:
-        """Samples.
+        """Samples from x.
 
         Args:
             x: State at `plan.times[0]`, [B, ...], floating, any strides (`fastdiff.noise.prior`
@@ -194,25 +195,26 @@ class Sampler:
                 network by keyword, or anything else it takes as a third argument. Tensors inside
                 lists, tuples and dataclasses are handed over whole. A `fastdiff.PerStage` holds
                 one value a stage and may stand wherever a tensor may.
-            seed: For plans with noise: an integer, from which every sample's seed is made, or one
-                a sample; see `fastdiff.noise`.
+            seed: An integer, from which every sample's seed is made, or one a sample; see
+                `fastdiff.noise`. Plans with noise need it.
             xi: Noise given instead of drawn: one tensor like x for each stage.
-            extras: The plan's read-only input registers, each broadcastable to x.
+            extras: The tensors R_0, R_1, ... that the plan reads beside the state, each
+                broadcastable to x.
             callback: Called as `callback(stage, t, x, x0)` after every network evaluation, before
                 its update: t the time, x the point of evaluation (live memory: read it, clone what
                 you keep), x0 the network's prediction of the data there.
-            progress: Shows a bar (tqdm).
-            out: Where to write the result, like x; returned.
-            offset: Where x is a part of larger samples: the place of its first element in them, a
-                multiple of 4. The noise is then that part of the whole's.
+            progress: True shows a bar (tqdm).
+            out: A tensor like x that takes the result, and is returned.
+            offset: The place of x's first element where x is a part of larger samples, a multiple
+                of 4. The noise is then that part of theirs.
 
         Returns:
             The sample at `plan.times[-1]`, x's shape and dtype, the caller's own.
 
         Raises:
-            TypeError, ValueError: Before the first network call, for the arguments; at a stage,
-                named, for what the network returns. x is untouched.
-            RuntimeError: The network cannot be captured: which rule it broke.
+            TypeError, ValueError: An argument is wrong, which is found before the first network
+                call; or what the network returns is, and the stage is named. x is untouched.
+            RuntimeError: The network cannot be captured; the message names the rule that it broke.
         """
         job = self._job
         call = Call(x, cond, seed, xi, extras, offset, callback, self._check, progress)
@@ -243,7 +245,7 @@ class Sampler:
             return self._eager(job, call, out)
 
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
-        """Samples on a leased run; a run that was written to from outside is given up."""
+        """Samples on a leased run. A run that was written to from outside is not given back."""
         recorded = capturing(call.x.device)
         run = self._leases.lend(job.spec(call.x, call.offset), recorded)
         try:
@@ -352,7 +354,7 @@ def sample(
     check: bool = False,
     fresh_inputs: bool = False,
 ) -> torch.Tensor:
-    """Samples once: `Sampler(network, plan, ...)(x, ...)`; arguments as there.
+    """Samples once, as `Sampler(network, plan, ...)(x, ...)` does, and takes its arguments.
 
     Example:
         >>> schedule = fd.schedules.VPLinear()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sampler's captures: made, kept, given up.
+"""A sampler's captures: how they are made, kept and given up.
 
 What is captured reads and writes fixed memory: the run's registers, its table of coefficients, its
 times, its seeds and its copy of the conditioning. A call copies its inputs there, replays, and
@@ -35,11 +35,11 @@ class Entry:
     """One capture with all that it stands on.
 
     Attributes:
-        run: The sampler's buffers and bound kernels; kept alive here.
-        bytes: Of the buffers.
-        launches: The graphs by name: None for a loop; for a stage, whether it evaluates; "forward"
-            and "backward" for a loop with its gradient.
-        weights: The network's, as they lay.
+        run: The buffers and bound kernels, which the entry keeps alive.
+        bytes: Memory of the buffers.
+        launches: The graphs by name. The name of a loop is None, that of a stage says whether it
+            evaluates, and a loop with its gradient has "forward" and "backward".
+        weights: Where the network's tensors lay when the graphs were recorded.
     """
 
     run: Any
@@ -74,11 +74,11 @@ class Captures:
         )
 
     def environment(self) -> Hashable:
-        """See `Capturer.environment`."""
+        """What recorded kernels depend on besides their arguments; see `Capturer.environment`."""
         return self._capturer.environment(self._device)
 
     def get(self, key: Hashable) -> Entry | None:
-        """The entry of that key whose network still lies where it lay."""
+        """The entry of a key; None where there is none, or where its network's tensors moved."""
         entry = self._entries.get(key)
         if entry is None:
             return None
@@ -89,14 +89,14 @@ class Captures:
         return entry
 
     def add(self, key: Hashable, entry: Entry) -> bool:
-        """Keeps a captured entry, at the price of others.
+        """Keeps a captured entry, and gives up others where the bounds ask for it.
 
         Returns:
-            False where it was given up with all others for `Graph.bytes`: alone it may fit, so
-            capture it once more.
+            Whether the entry is kept. Where it is not, all entries were given up for `Graph.bytes`,
+            and a new capture of this one may fit alone.
 
         Raises:
-            CaptureTooLarge: It alone is larger than `Graph.bytes`.
+            CaptureTooLarge: The entry alone is larger than `Graph.bytes`.
         """
         self._entries[key] = entry
         alone = True
@@ -132,7 +132,7 @@ class Captures:
     def capture(
         self,
         bodies: Mapping[Any, Callable[[], None]],
-        whole: Callable[[Callable[[Any], None]], None],
+        run_through: Callable[[Callable[[Any], None]], None],
         result: Callable[[], torch.Tensor],
         entry: Entry,
         network: Any,
@@ -141,14 +141,15 @@ class Captures:
 
         Args:
             bodies: What to record, by its name in `Entry.launches`.
-            whole: `whole(step)` fills the buffers anew and makes one whole run of them, calling
-                `step(name)` for every body in order.
-            result: What a run leaves.
-            entry: Where the graphs go.
-            network: Whose tensors they read.
+            run_through: `run_through(step)` fills the buffers anew and makes one run of them,
+                calling `step(name)` for every body in order.
+            result: Gives what a run leaves.
+            entry: Takes the graphs.
+            network: The network whose tensors they read.
 
         Raises:
-            CaptureRefused: The network cannot be captured: which rule it broke, and where.
+            CaptureRefused: The network cannot be captured; the message names the rule that it
+                broke, and where.
             Exception: What the network itself raises.
         """
         capturer, device = self._capturer, self._device
@@ -159,12 +160,12 @@ class Captures:
         done = False
         with one_capture(), capturer.preserved(device) as rewind:
             try:
-                whole(rehearsal(False))
+                run_through(rehearsal(False))
                 rewind()
                 entry.weights = Weights(network)
                 graphs: dict[Hashable, Callable[[], None]] = {}
                 try:
-                    whole(rehearsal(True))
+                    run_through(rehearsal(True))
                     expected = result().clone()
                     if self._pool is None:
                         self._pool = capturer.pool(device)
@@ -177,7 +178,7 @@ class Captures:
                     raise refused from error
                 rewind()
                 entry.launches.update(graphs)
-                whole(functools.partial(self.launch, entry))
+                run_through(functools.partial(self.launch, entry))
                 compare(expected, result(), entry.weights)
                 done = True
             finally:

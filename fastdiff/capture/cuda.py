@@ -44,18 +44,18 @@ class Capturer(Protocol):
     def preserved(
         self, device: torch.device
     ) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """A scope that leaves the caller's autocast cache as it was; gives `rewind()`, which puts
-        the generators of random numbers back to where they stood at its beginning."""
+        """A scope that leaves the caller's autocast cache as it was. Entering it gives `rewind()`,
+        which puts the generators of random numbers back to where they stood at its beginning."""
         ...
 
     def rehearse(self, device: torch.device, body: Callable[[], None], strict: bool) -> None:
-        """Runs the body beside the caller's stream; `strict`: a synchronisation raises."""
+        """Runs the body beside the caller's stream. Under `strict` a synchronisation raises."""
         ...
 
     def record(
         self, device: torch.device, body: Callable[[], None], pool: Any
     ) -> Callable[[], None]:
-        """Records the body into a graph on memory of `pool`; the result launches it."""
+        """Records the body into a graph on memory of `pool`. The result launches the graph."""
         ...
 
     def pool(self, device: torch.device) -> Any:

@@ -71,13 +71,13 @@ class LoopCaptures:
             return self._captures[device]
 
     def mode(self, device: torch.device, watched: bool) -> str | None:
-        """ "auto", "loop", "stage", or None where a call runs eagerly.
+        """The mode of a call: "auto", "loop" or "stage"; None where it runs eagerly.
 
         Raises:
             ValueError: A named mode does not serve this device or this call.
         """
         graph = self._graph
-        if graph is None or capturing(device):  # part of another graph: as it is
+        if graph is None or capturing(device):  # a run inside another graph becomes part of it
             return None
         if device.type not in CAPTURERS:
             if graph.mode == "auto":
@@ -99,10 +99,10 @@ class LoopCaptures:
         """Samples by replay.
 
         Args:
-            mode: From `mode`.
+            mode: The mode that `mode` gave.
             job: What is sampled.
-            call: Its conditioning is that of all branches.
-            out: Where the result goes.
+            call: The call; its conditioning is that of all branches.
+            out: Takes the result.
 
         Returns:
             `out`; None where graph="auto" runs this call eagerly.
@@ -138,13 +138,13 @@ class LoopCaptures:
             kinds = frozenset(stage.evaluate for stage in job.plan.stages)
             kept = replace(spec, layout=Layout(branches=spec.branches), rows=0, stages=0, slots=0)
         key = (kept, kinds, described, job.fresh_inputs, captures.environment())
-        if automatic and not self._again(key):
+        if automatic and not self._met_before(key):
             return None
         with captures.lock:
             return self._replay(captures, key, _Work(job, call, leaves, spec), out)
 
-    def _again(self, key: Hashable) -> bool:
-        """Whether a kind of call was met before and was not refused."""
+    def _met_before(self, key: Hashable) -> bool:
+        """Whether a kind of call was met before, and was not declined."""
         with self._lock:
             if key in self._declined:
                 return False
@@ -169,11 +169,11 @@ class LoopCaptures:
                 return None
         else:
             entry.run.run.follow()
-            work.whole(entry.run, functools.partial(captures.launch, entry))
+            work.run_through(entry.run, functools.partial(captures.launch, entry))
         return out.copy_(entry.run.run.registers.x[: work.call.batch])
 
     def _captured(self, captures: Captures, key: Hashable, work: _Work) -> Entry | None:
-        """The entry of a first call, which has run; None where graph="auto" declines it."""
+        """The entry of a first call, which it runs; None where graph="auto" declines the call."""
         assert self._graph is not None
         entry: Entry | None = None
         while entry is None:
@@ -181,9 +181,9 @@ class LoopCaptures:
             made = Entry(captured, bytes_of([*captured.run.tensors(), *captured.cond]))
             x = captured.run.registers.x
             result = functools.partial(torch.narrow, x, 0, 0, work.call.batch)
-            whole = functools.partial(work.whole, captured)
+            run_through = functools.partial(work.run_through, captured)
             try:
-                captures.capture(work.bodies(captured), whole, result, made, work.job.network)
+                captures.capture(work.bodies(captured), run_through, result, made, work.job.network)
                 entry = made if captures.add(key, made) else None
             except (CaptureRefused, CaptureTooLarge) as error:
                 if self._graph.mode != "auto":
@@ -201,8 +201,8 @@ class _Work:
 
     Attributes:
         job, call: What is sampled; the conditioning is that of all branches.
-        leaves: Its tensors, and of each whether it has one entry a sample.
-        spec: Of the run.
+        leaves: The tensors of the conditioning, each with whether it has one entry a sample.
+        spec: Spec of the run.
     """
 
     job: Job
@@ -217,16 +217,17 @@ class _Work:
         branches = self.spec.branches
         with torch.inference_mode(False):
             sizes = (self.call.batch, self.spec.batch, branches)
-            cond = [_room(leaf, rows, *sizes) for leaf, rows in self.leaves]
+            cond = [_buffer(leaf, per_sample, *sizes) for leaf, per_sample in self.leaves]
         return _Captured(run, cond)
 
-    def whole(self, captured: _Captured, step: Callable[[Any], None]) -> None:
+    def run_through(self, captured: _Captured, step: Callable[[Any], None]) -> None:
         """One run of the buffers by its parts: `step(None)`, or `step(evaluates)` a stage."""
         run, plan = captured.run, self.job.plan
         run.load(plan, self.job.guidance)
         run.fill(self.call, plan)
-        for own, (leaf, rows) in zip(captured.cond, self.leaves, strict=True):
-            _put(own, leaf, rows, (self.call.batch, self.spec.branches))
+        sizes = self.call.batch, self.spec.branches
+        for own, (leaf, per_sample) in zip(captured.cond, self.leaves, strict=True):
+            _fill_buffer(own, leaf, per_sample, sizes)
         if not self.spec.clocked:
             step(None)
             return
@@ -235,7 +236,7 @@ class _Work:
             step(stage.evaluate)
 
     def bodies(self, captured: _Captured) -> dict[Hashable, Callable[[], None]]:
-        """What is captured: one loop (None), or a stage that evaluates and one that does not."""
+        """What is captured: a loop (None), or a stage that evaluates and one that does not."""
         job, run = self.job, captured.run
         cond = rebuild(self.call.cond, iter(captured.cond))
         if not self.spec.clocked:
@@ -253,9 +254,9 @@ class _Work:
         def stage(evaluates: bool) -> None:
             output = None
             if evaluates:
-                told = run.now()
-                fresh = (given.clone(), told.clone()) if job.fresh_inputs else (given, told)
-                output = job.network(*fresh, *arguments, **keywords)
+                time = run.now()
+                handed = (given.clone(), time.clone()) if job.fresh_inputs else (given, time)
+                output = job.network(*handed, *arguments, **keywords)
             try:
                 run.tick(output)
             except BAD_OUTPUT as error:
@@ -281,7 +282,7 @@ def check_capturable(backend: str) -> None:
 
 
 def _with_room(spec: Spec) -> Spec:
-    """A spec for stages captured one by one, of any plan that fits, with some room."""
+    """A spec with some room, for stages captured one by one that serve any plan that fits."""
     layout = replace(spec.layout, terms=max(spec.layout.terms, _TERMS))
     stages = max(_ROWS, 1 << (spec.stages - 1).bit_length())
     return replace(
@@ -312,19 +313,23 @@ def _both(a: Spec, b: Spec) -> Spec:
     return replace(a, layout=a.layout.joined(b.layout), **most)
 
 
-def _room(leaf: torch.Tensor, rows: bool, batch: int, size: int, branches: int) -> torch.Tensor:
+def _buffer(
+    leaf: torch.Tensor, per_sample: bool, batch: int, size: int, branches: int
+) -> torch.Tensor:
     """Memory for a tensor of the conditioning; samples past the batch hold the first one's."""
     leaf = leaf.detach()
-    if rows and size > batch:
+    if per_sample and size > batch:
         each = leaf.reshape(branches, batch, *leaf.shape[1:])
         first = each[:, :1].expand(branches, size - batch, *leaf.shape[1:])
         leaf = torch.cat([each, first], dim=1).reshape(branches * size, *leaf.shape[1:])
     return leaf.clone(memory_format=torch.contiguous_format)
 
 
-def _put(own: torch.Tensor, leaf: torch.Tensor, rows: bool, sizes: tuple[int, int]) -> None:
+def _fill_buffer(
+    own: torch.Tensor, leaf: torch.Tensor, per_sample: bool, sizes: tuple[int, int]
+) -> None:
     """Copies a tensor of the conditioning to where a capture reads it."""
-    if not rows:
+    if not per_sample:
         own.copy_(leaf)
         return
     (batch, branches), shape = sizes, own.shape[1:]

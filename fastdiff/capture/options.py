@@ -16,17 +16,18 @@ class Graph:
 
     Args:
         mode: "loop": the whole sampling loop is one launch. "stage": one stage is captured and
-            replayed, for plans of any length. "auto": "loop" from the second call of a kind on,
-            CUDA tensors given; eager elsewhere, at the first call, for which a capture would not
-            pay, and, with a warning, for networks that cannot be captured.
+            replayed, for plans of any length. "auto": a call on CUDA tensors is captured as "loop"
+            when its kind is met for the second time; a first call, for which a capture would not
+            pay, runs eagerly, and so do calls on other devices and, with a warning, networks that
+            cannot be captured.
         loops: Captures kept at once; the least recently used goes first.
-        bytes: Device memory that they may hold, buffers and graphs; None: no bound.
+        bytes: Device memory that the captures may hold, buffers and graphs; None: no bound.
         buckets: Batch sizes to capture for, increasing. A smaller batch is padded up to the next,
             and shares its capture; a larger one is captured at its own size. None: every batch
             size at its own.
 
     Raises:
-        ValueError, TypeError: An argument is none of these.
+        ValueError, TypeError: An argument is not what it has to be.
     """
 
     mode: str = "auto"
@@ -88,7 +89,7 @@ class Stats:
 
 
 def graph_of(graph: Any) -> Graph | None:
-    """What `graph=` means."""
+    """The bounds and the mode that a sampler's `graph=` stands for; None: no captures."""
     if graph is None or isinstance(graph, Graph):
         return graph
     if isinstance(graph, str):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why a network cannot be captured, told by the rule that it broke."""
+"""Refusals of captures: each names the rule that the network broke."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CaptureTooLarge(ValueError):
     """A capture alone is larger than `Graph.bytes`."""
 
 
-# Errors that say themselves what is wrong.
+# Errors that already say what is wrong.
 _OWN = (CaptureRefused, Written)
 
 # Relative difference between a body and its replay above which the replay is another computation.
@@ -78,7 +78,7 @@ _RULES = (
 
 
 def refusal(error: RuntimeError) -> RuntimeError:
-    """What a stranger is told of an error met in a capture; other errors as they are."""
+    """The refusal that explains an error met in a capture; an error of another kind as it is."""
     # where ending a capture fails too, its error stands before the one that broke it
     first: BaseException = error
     while first.__context__ is not None and not isinstance(first, _OWN):

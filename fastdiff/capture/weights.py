@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that a network reads, looked at before each replay."""
+"""The tensors that a network reads, which are looked at before each replay."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OPAQUE = (str, bytes, bool, int, float, complex, type, types.ModuleType, np.nda
 
 
 class Weights:
-    """Where a network's tensors lie, to see before a replay that they still do.
+    """Where a network's tensors lie, to see before a replay that they still lie there.
 
-    Followed are modules, closures, bound methods, partial applications, the globals that a function
-    names, attributes of plain objects, and what lists, tuples and dicts hold. Not seen are Python
-    values: a changed scale, an added hook.
+    Tensors are found in modules, closures, bound methods, partial applications, the globals that a
+    function names, attributes of plain objects, lists, tuples and dicts. Changed Python values,
+    such as a scale or an added hook, are not seen.
     """
 
     def __init__(self, network: Any) -> None:

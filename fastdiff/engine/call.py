@@ -27,13 +27,14 @@ class Call:
 
     Attributes:
         x: The state at the plan's first time, [B, ...].
-        cond: Conditioning, of the samples or of all branches; who makes a call says which.
+        cond: Conditioning. Whoever makes a call says whether it is that of the samples or that of
+            all branches.
         seed: An integer, or one a sample; None for plans without noise.
         xi: Noise given instead of drawn, one tensor a stage; or None.
         extras: The entries of the bank, each broadcastable to x.
-        offset: Place of x's first element within the sample that it is a part of.
+        offset: Place of x's first element within the sample that x is a part of.
         callback: Called after every evaluation.
-        check: Whether every output is looked at.
+        check: Whether every output is searched for NaN and infinity.
         progress: Whether a bar is shown.
     """
 
@@ -86,7 +87,7 @@ def check_extras(extras: Any) -> None:
 
 
 def check_call(call: Call, plan: Plan) -> None:
-    """Raises for what a plan cannot take, before anything is run."""
+    """Raises where a plan cannot take a call, before anything is run."""
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
     conditioning.check(call.cond, call.batch, len(plan.stages))
@@ -126,8 +127,9 @@ def check_untransformed(
 
     Args:
         call: The call.
-        gradient: The sampler's; "backprop" is plain tensor operations, which all of them see.
-        parameters: Gives those of the network, where they have to be looked at.
+        gradient: The sampler's gradient. "backprop" is made of plain tensor operations, which every
+            transformation sees.
+        parameters: Gives the network's parameters, where they have to be looked at.
     """
     if torch._C._get_tracing_state() is not None:
         raise RuntimeError(
@@ -158,11 +160,8 @@ def check_out(out: Any, x: torch.Tensor) -> None:
     """Raises unless a result can be written to `out`."""
     if not isinstance(out, torch.Tensor):
         raise TypeError(f"sample: out is a tensor like x; got {type(out).__name__}.")
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"sample: out is like x, {tuple(x.shape)} {x.dtype} on {x.device}; got "
-            f"{tuple(out.shape)} {out.dtype} on {out.device}."
-        )
+    if not _alike(out, x):
+        raise ValueError(f"sample: out is like x, {_kind(x)}; got {_kind(out)}.")
     reach = 0  # of the dimensions of smaller strides
     sizes = sorted((st, n) for st, n in zip(out.stride(), out.shape, strict=True) if n > 1)
     for stride, size in sizes:
@@ -174,6 +173,16 @@ def check_out(out: Any, x: torch.Tensor) -> None:
         reach += stride * (size - 1)
 
 
+def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one shape, dtype and device."""
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device, as errors show them."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
 def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
     """Raises unless noise is given as one tensor like the state for each stage."""
     if not isinstance(xi, torch.Tensor | list | tuple):
@@ -183,8 +192,7 @@ def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
     for i, z in enumerate(xi):
         if not isinstance(z, torch.Tensor):
             raise TypeError(f"sample: xi holds tensors; got {type(z).__name__} as xi[{i}].")
-        if z.shape != x.shape or z.dtype != x.dtype or z.device != x.device:
+        if not _alike(z, x):
             raise ValueError(
-                f"sample: xi is like the state, {tuple(x.shape)} {x.dtype} on {x.device}; got "
-                f"xi[{i}] of {tuple(z.shape)} {z.dtype} on {z.device}."
+                f"sample: xi is like the state, {_kind(x)}; got xi[{i}] of {_kind(z)}."
             )

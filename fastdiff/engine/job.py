@@ -19,14 +19,14 @@ _SPECS = 64  # shapes whose specs are remembered
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is sampled, but for what a call brings. It never changes.
+    """What is sampled, without what a call brings. A job never changes.
 
     Attributes:
         network: `network(x, t, **cond)`.
         plan: The plan.
         guidance: How the outputs of the branches become one.
         backend: A backend's name; None: the fastest that can serve.
-        dtype: Of the network's input; None: that of its first parameter, or x's.
+        dtype: Dtype of the network's input; None: that of its first parameter, or x's.
         fresh_inputs: Whether the network is given memory of its own at every evaluation.
     """
 

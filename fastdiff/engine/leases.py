@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Leases: who may use a run, and for how long."""
+"""Leases: a run is lent to one call at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Leases:
         """A run of this spec for the caller alone, on the current stream.
 
         Args:
-            spec: What it is for.
+            spec: What the run is for.
             recorded: Whether the caller is being recorded into a graph that is not the library's.
         """
         with self._lock:
@@ -52,7 +52,7 @@ class Leases:
         return run
 
     def give_back(self, run: Run, recorded: bool = False) -> None:
-        """Ends a loan. A run that is not given back is given up."""
+        """Ends a loan. A run that is never given back goes when its borrower drops it."""
         with self._lock:
             held: Mapping[Spec, list[Run]] = self._recorded if recorded else self._idle
             idle = held.get(run.spec)
@@ -60,6 +60,6 @@ class Leases:
                 idle.append(run)
 
     def clear(self) -> None:
-        """Gives up the idle runs, but for those that belong to somebody's graph."""
+        """Gives up the idle runs, except those that belong to somebody's graph."""
         with self._lock:
             self._idle.clear()

@@ -53,7 +53,7 @@ def _plain(job: Job, run: Run, call: Call) -> None:
     versions = run.versions()
     rows = range(0, len(places) * stride, stride)
     # a run has room for the times of more stages than its plan has
-    for row, given, time, place in zip(rows, run.inputs, run.told, places, strict=False):
+    for row, given, time, place in zip(rows, run.inputs, run.model_times, places, strict=False):
         output = network(given, time)
         if given.data_ptr() != place:  # what the stage would write to may be freed
             raise written(job, "network", row // stride)
@@ -100,7 +100,7 @@ def evaluate(job: Job, run: Run, i: int, arguments: Any, keywords: Any) -> Any:
     Raises:
         Written: The network wrote to its arguments.
     """
-    given, time = run.inputs[i], run.told[i]
+    given, time = run.inputs[i], run.model_times[i]
     if job.fresh_inputs:
         return job.network(given.clone(), time.clone(), *arguments, **keywords)
     before = watch(given), watch(time)
@@ -118,10 +118,10 @@ def watch(tensor: torch.Tensor) -> tuple[int, int]:
 def written(job: Job, who: str, i: int | None) -> Written:
     """The error for an argument that was written to, at stage i or, None, at one of them."""
     at = "" if i is None else f"stage {i} (t = {job.plan.stages[i].t:.6g}): "
-    which = " (check=True says at which stage)" if i is None else ""
+    which = " check=True says at which stage." if i is None else ""
     return Written(
-        f"sample: {at}the {who} wrote to its input in place{which}, which is the sampler's own "
-        "memory. Let it work on a copy (x = x.clone()); a network is given memory of its own with "
+        f"sample: {at}the {who} wrote to its input in place, which is the sampler's own memory."
+        f"{which} Let it work on a copy (x = x.clone()); a network is given memory of its own with "
         "Sampler(..., fresh_inputs=True)."
     )
 
@@ -155,14 +155,14 @@ def _x0(job: Job, i: int, point: torch.Tensor, output: torch.Tensor) -> torch.Te
 def bad_output(
     job: Job, i: int | None, output: Any, given: torch.Tensor, why: Exception | str
 ) -> Exception:
-    """The error for an output that a stage could not read; `why` itself where it could have.
+    """The error for an output that a stage could not read; `why` itself where the output is right.
 
     Args:
-        job: Whose network it is.
+        job: The job whose network returned the output.
         i: The stage; None where it is not known.
         output: What the network returned.
-        given: What it was given.
-        why: What the stage said, or what is wrong.
+        given: What the network was given.
+        why: The error that the stage raised, or a sentence that says what is wrong.
     """
     problem = output_problem(output, given)
     if problem is None:

@@ -34,7 +34,7 @@ Stage = dict[str, Any]
 
 
 def constants(plan: Plan) -> Constants:
-    """A plan as constants: the outputs that a row reads at most, and its stages as tuples."""
+    """A plan as constants: how many outputs its rows reach back, and its stages as tuples."""
     rows, at_e = [], False
     for stage in plan.stages:
         own: Stage = {name: getattr(stage, name) for name in _FIELDS[1:]}
@@ -82,11 +82,11 @@ def sample(
 
     Args:
         network: `network(x, t, **cond)`.
-        plan: `constants` of it.
+        plan: The plan's `constants`.
         guidance: How the outputs of the branches become one.
         call: What the caller gave; its conditioning is that of the samples.
-        dtype: Of the network's input.
-        normal: As the function of that name.
+        dtype: Dtype of the network's input.
+        normal: Makes the noise, as the function of that name does.
 
     Returns:
         The sample, x's shape and dtype.
@@ -146,8 +146,8 @@ def _outputs(
     given = (point if c_in == 1.0 else c_in * point).to(dtype)
     if copies > 1:
         given = torch.cat([given] * copies)
-    told = torch.float64 if dtype == torch.float64 else torch.float32
-    time = torch.full((given.shape[0],), stage["model_time"], dtype=told, device=point.device)
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    time = torch.full((given.shape[0],), stage["model_time"], dtype=kind, device=point.device)
     if cond is None:
         out = network(given, time)
     elif isinstance(cond, Mapping):
@@ -187,7 +187,7 @@ def _scaled(stage: Stage, columns: Mapping[int, Any], name: str, weight: Any, li
 def _predicted(
     stage: Stage, known: Mapping[str, Any], columns: Mapping[int, Any] | None
 ) -> tuple[Any, Any]:
-    """(h, y) of a stage; without columns y takes no numbers of samples."""
+    """(h, y) of a stage. Without columns no number of a sample scales y."""
     weights = list(known["weights"])
     if columns is not None:
         named = enumerate(weights)

@@ -27,15 +27,15 @@ class Spec:
     """What a run's memory and kernels are made for. Runs of equal specs serve each other's rows.
 
     Attributes:
-        shape: Of the state, [B, ...].
+        shape: Shape of the state, [B, ...].
         device: Where the registers lie.
         state, network: Dtypes of the state and of the network's input.
         backend: Name of the backend that serves.
-        layout: Of the table; `layout.branches` is the number of branches G.
-        rows: Of the table.
+        layout: Columns of the table; `layout.branches` is the number of branches G.
+        rows: Rows that the table has room for.
         slots: History registers.
         has_e, has_m: Whether there is an evaluation point beside x, and an input beside both.
-        stages: Times that can be held, one a stage.
+        stages: Stages whose times can be held.
         entries, bank_batch: Entries of the bank, each for `bank_batch` samples (1 or B).
         scalars: Columns of S.
         features: What kernels are specialised for besides the layout.
@@ -112,14 +112,14 @@ class Run:
     """Registers, table, times, bound stage and clock.
 
     Attributes:
-        spec: What it is made for.
+        spec: What the run is made for.
         registers: See `fastdiff.backends.Registers`.
         table: The rows, on the CPU.
-        times: [stages, G * B], what the network is told.
+        times: The network's t at each stage, [stages, G * B].
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
-        inputs, told: What the network is given and told at each stage of the loaded plan.
-        measures: Of each stage of the loaded plan, whether it has measures.
+        inputs, model_times: The network's x and t at each stage of the loaded plan.
+        measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
     """
 
@@ -140,11 +140,11 @@ class Run:
                 scalars=like((batch, spec.scalars)).zero_() if spec.scalars else None,
                 seeds=torch.zeros(batch, dtype=torch.int64, device=spec.device),
             )
-            told = torch.float64 if spec.network == torch.float64 else torch.float32
+            kind = torch.float64 if spec.network == torch.float64 else torch.float32
             self.times = torch.zeros(
-                (spec.stages, branches * batch), dtype=told, device=spec.device
+                (spec.stages, branches * batch), dtype=kind, device=spec.device
             )
-            self.time = torch.zeros((1, branches * batch), dtype=told, device=spec.device)
+            self.time = torch.zeros((1, branches * batch), dtype=kind, device=spec.device)
             self.table = torch.from_numpy(encode([PackedRow()] * spec.rows, spec.layout))
             self.index = None
             if spec.index != "none":
@@ -154,7 +154,7 @@ class Run:
             if spec.clocked:
                 self.clock = torch.zeros(2, dtype=torch.int64, device=spec.device)
                 self._forward = torch.tensor([1, spec.stride], device=spec.device)
-        self.told = list(self.times)
+        self.model_times = list(self.times)
         self.inputs: list[torch.Tensor] = []
         self.measures: list[bool] = []
         self._bound: Any = None  # to the first rows, for which kernels are specialised
@@ -189,27 +189,27 @@ class Run:
         self.stage = self._bound.run
 
     def write_times(self, model_times: Sequence[float], at: int = 0) -> None:
-        """Writes what the network is told, from stage `at` on."""
+        """Writes the network's times, from stage `at` on."""
         # the CPU, whatever the default device
-        told = torch.tensor(list(model_times), dtype=self.times.dtype, device="cpu")
+        values = torch.tensor(list(model_times), dtype=self.times.dtype, device="cpu")
         if self.times.is_cuda:
-            told = told.pin_memory()
-        told = told.to(self.times.device, non_blocking=True)
-        self.times[at : at + len(told)] = told[:, None]
+            values = values.pin_memory()
+        values = values.to(self.times.device, non_blocking=True)
+        self.times[at : at + len(values)] = values[:, None]
         self._written = self.times._version
 
     def load(self, plan: Plan, guidance: Guidance) -> None:
         """Makes this a run of a plan, which fits the spec.
 
-        The rows of the plan stand first; after them a row that writes the first input and nothing
-        else; the rows after that one do nothing.
+        The rows of the plan stand first. A row that writes the first input and nothing else stands
+        after them. The rows after that one do nothing.
         """
         same = self._holds[0] is plan and self._holds[1] is guidance
         untouched = self.times._version == self._written
         if same and untouched:
             return
         if not untouched:  # a network wrote to its times, or moved them
-            self.told = list(self.times)
+            self.model_times = list(self.times)
         rows = guided_rows(guidance, plan, self.spec.batch)
         first = PackedRow(flags=WRITES_M, c_in_next=plan.stages[0].c_in)
         idle = self.spec.rows - len(rows) - self.spec.stride

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams: memory that is used again waits for what was launched on it before."""
+"""Streams: a launch on memory that is used again waits for the launches before it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Streams(Protocol):
         ...
 
     def recording(self) -> bool:
-        """Whether the current stream is being recorded into a graph, by whomever."""
+        """Whether anybody is recording the current stream into a graph."""
         ...
 
 

@@ -36,7 +36,7 @@ _library.impl("normal", _normal_meta, "Meta")
 
 @torch.compiler.assume_constant_result
 def _constants(handle: str) -> reference.Constants:
-    """A function is compiled anew for another handle, and guards nothing else of a plan."""
+    """The constants of a plan. A function is compiled anew for another handle alone."""
     return reference.constants(living(handle))
 
 
@@ -47,7 +47,7 @@ def _draws(handle: str) -> bool:
 
 
 def sample(job: Job, call: Call, gradient: Any, out: torch.Tensor | None) -> torch.Tensor:
-    """A run inside a compiled function; what it refuses it refuses while it is compiled."""
+    """A run inside a compiled function. Its refusals are raised while the function is compiled."""
     if call.callback is not None or call.progress or call.check:
         raise ValueError(
             "sample: inside torch.compile a run cannot be looked into; got callback=, progress= or "

@@ -78,7 +78,7 @@ class Captured:
         """What is captured of the run."""
         draws = self.trace.draws
         self.run.begin()
-        self._kept = self.trace.loop(self.run, self.run.told)
+        self._kept = self.trace.loop(self.run, self.run.model_times)
         draws.close()  # what follows is recorded, and cannot be looked into
         if draws.stages:
             raise NotImplementedError(

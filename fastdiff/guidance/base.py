@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guidance is: G outputs of the network become one, each with its weight."""
+"""Guidance: the outputs of G branches of the network become one, each with its weight."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ class Guidance(abc.ABC):
 
     @abc.abstractmethod
     def conditions(self, cond: Any, batch: int) -> Any:
-        """The conditioning of all branches, from that of the samples.
+        """The conditioning of all branches, made from that of the samples.
 
         Raises:
-            ValueError, TypeError: It cannot be joined with that of the other branches.
+            ValueError, TypeError: The conditioning cannot be joined with that of the other
+                branches.
         """
 
     @abc.abstractmethod
     def conditions_given(self) -> Any:
-        """What the guidance itself holds of the branches' conditioning."""
+        """The conditioning that the guidance itself holds for its branches; None: it holds none."""
 
 
 class Unguided(Guidance):
@@ -93,10 +94,12 @@ def guided_rows(guidance: Guidance, plan: Plan, batch: int) -> list[PackedRow]:
     Args:
         guidance: The weights.
         plan: The plan, of S stages.
-        batch: Samples B that the table is for; those past the guidance's own are not guided.
+        batch: Samples B that the table is for. Samples past those that the guidance has weights for
+            are not guided.
 
     Returns:
-        S rows; S * B, row s * B + b for sample b, where each sample has weights of its own.
+        S rows. Where each sample has weights of its own there are S * B, and row s * B + b is that
+        of sample b at stage s.
     """
     rows = []
     for stage, row in enumerate(plan.rows((1.0,) * guidance.branches)):

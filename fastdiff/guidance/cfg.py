@@ -27,11 +27,11 @@ class CFG(Guidance):
     Args:
         scale: A number; a tensor [B], one scale a sample; or a sequence of one scale a stage. The
             number 1 is no guidance, and calls the network on B samples.
-        uncond: Conditioning of the unconditional branch, with `cond`'s structure. Keys it lacks are
-            shared with `cond`, but it has one at least. Where `cond` has a tensor, it has a tensor
-            with B or 1 samples, or a number. A tensor inside a list, a tuple or a dataclass of
-            `cond` is handed whole to both branches; where its first dimension is B, `uncond` has to
-            name the same tensor, so that nothing is shared by mistake.
+        uncond: Conditioning of the unconditional branch, with `cond`'s structure. It has one key at
+            least; keys that it lacks are shared with `cond`. Where `cond` has a tensor, `uncond`
+            has a tensor with B or 1 samples, or a number. A tensor inside a list, a tuple or a
+            dataclass of `cond` is handed whole to both branches; where its first dimension is B,
+            `uncond` has to name the same tensor, so that nothing is shared by mistake.
 
     Source: Ho & Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598, with
     scale = 1 + w.

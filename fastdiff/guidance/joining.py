@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conditioning of several branches as that of one call, on as many samples for each branch."""
+"""The conditioning of several branches joined into that of one network call."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def joined(conds: tuple[Any, ...], batch: int) -> Any:
     """Conditioning of one call for several branches, leaf by leaf in the order of the branches.
 
     Args:
-        conds: Of each branch. The last says the structure; the others have it too, may leave keys
-            out, which are shared, and may have a number or one sample where it has a tensor.
+        conds: The conditioning of each branch. The last one says the structure. The others may
+            leave keys out, which are shared, and may have a number or one sample where the last
+            one has a tensor.
         batch: Samples B.
 
     Raises:
-        TypeError, ValueError: The structures or shapes differ, or what cannot be joined differs.
+        TypeError, ValueError: The structures or shapes differ, or values differ that cannot be
+            joined.
     """
     *others, main = conds
     named = [_by_keys(other, main) for other in others]
@@ -47,7 +49,7 @@ _SHARED = object()  # stands for what a branch leaves out
 
 
 def _by_keys(other: Any, main: Any) -> dict[tuple[Any, ...], Any]:
-    """The leaves of a branch by the keys that lead to them; refused where `main` has none."""
+    """The leaves of a branch by the keys that lead to them; a leaf that `main` lacks is refused."""
     leaves = {tuple(key for _, key in path): value for value, path, _ in leaves_of(other)}
     for keys, value in leaves.items():
         here, where = main, "cond"
@@ -230,7 +232,7 @@ def _holds(kind: torch.dtype, other: torch.dtype) -> bool:
 
 
 def _check_same(value: Any, other: Any, where: str) -> None:
-    """Raises where a branch has another value than the last one for what cannot be joined."""
+    """Raises where a branch has another value than the last one, and the two cannot be joined."""
     if other is _SHARED or other is value:
         return
     if isinstance(value, (Mapping, list, tuple)) and not value and type(other) is type(value):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: what a stage can hold, the table it packs to, files, text, and the transposed table."""
+"""Plans: stages, the table that they pack to, files, text, and the transposed table."""
 
 from .handles import living
 from .layout import (

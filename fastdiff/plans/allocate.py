@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which slot of the history each output is kept in, and for how long."""
+"""Allotting the slots of the history: which slot keeps each output, and for how long."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .stage import Stage
 
 @dataclass(frozen=True)
 class Allocation:
-    """Slots by liveness.
+    """Slots allotted by liveness.
 
     Attributes:
-        slots: How many there are.
-        pushes: The slot that each stage keeps its h in; -1 where no later stage reads it.
-        reads: Of each stage, the slot that holds each H_j it reads.
+        slots: How many slots there are.
+        pushes: The slot that each stage keeps its h in; -1 where no later stage reads that h.
+        reads: For each stage, the slot that holds each H_j that it reads.
     """
 
     slots: int
@@ -25,7 +25,7 @@ class Allocation:
 
 
 def allocate(stages: Sequence[Stage]) -> Allocation:
-    """As few slots as serve, taken again as soon as nothing reads what they hold.
+    """Allots as few slots as serve: a slot is free as soon as nothing reads what it holds.
 
     A stage's own push may take a slot that it reads for the last time: every element is read before
     it is written.

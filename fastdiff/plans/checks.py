@@ -39,8 +39,8 @@ def number(who: str, name: str, value: Any) -> float:
     """A float64; NaN and infinities pass.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is an integer beyond float64.
+        TypeError: The value is no number.
+        ValueError: The value is an integer beyond float64.
     """
     if type(value) is not float and not is_number(value):
         raise TypeError(f"{who}: {name} is a float; got {shown(value)}.")
@@ -54,7 +54,12 @@ def number(who: str, name: str, value: Any) -> float:
 
 
 def finite(who: str, name: str, value: Any, where: str = "") -> float:
-    """As `number`, without NaN and infinities; `where` ends the error."""
+    """A finite float64; `where` ends the error.
+
+    Raises:
+        TypeError: The value is no number.
+        ValueError: The value is NaN, infinite, or an integer beyond float64.
+    """
     found = number(who, name, value)
     if not math.isfinite(found):
         raise ValueError(f"{who}: every coefficient is finite; got {name} = {found}{where}.")
@@ -82,8 +87,8 @@ def index(who: str, name: str, value: Any, least: int = 0, most: int = LARGEST_I
     """An integer from `least` to `most`; a float that is one passes.
 
     Raises:
-        TypeError: It is no number.
-        ValueError: It is none of those integers.
+        TypeError: The value is no number.
+        ValueError: The value is none of those integers.
     """
     if not is_number(value):
         raise TypeError(f"{who}: {name} is an integer; got {shown(value)}.")
@@ -96,8 +101,8 @@ def label(who: str, name: str, value: Any) -> str:
     """A short text that a terminal can print.
 
     Raises:
-        TypeError: It is no text.
-        ValueError: It has control characters or lone surrogates, or is long.
+        TypeError: The value is no text.
+        ValueError: The text has control characters or lone surrogates, or is long.
     """
     if not isinstance(value, str):
         raise TypeError(f"{who}: {name} is a string; got {shown(value)}.")

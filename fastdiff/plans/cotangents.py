@@ -84,7 +84,7 @@ class Cotangents:
             stage = stages[s]
             self._e_next[s] = e_bar
             into = {"x": self._of_x(s), "e": e_bar}
-            self._owe(s, stage, into, h, evaluations)
+            self._add_owed(s, stage, into, h, evaluations)
             point: Sum = {}
             if stage.evaluate:
                 self._evaluated(s, stage, into, h[s])
@@ -116,7 +116,7 @@ class Cotangents:
     def _of_x(s: int) -> Sum:
         return {(("x", s), None): 1.0}
 
-    def _owe(
+    def _add_owed(
         self,
         s: int,
         stage: Stage,
@@ -203,6 +203,6 @@ class Cotangents:
 
     def _unowed(self, s: int) -> set[int]:
         """Entries of a stage whose cotangent is not a sum of atoms times constants."""
-        told = [p for p, _ in self._constant(s)]
-        left = [p for p in self.stages[s].products if not any(p is q for q in told)]
+        constant = [p for p, _ in self._constant(s)]
+        left = [p for p in self.stages[s].products if not any(p is q for q in constant)]
         return {p.entry for p in left} | {p.at for p in left if p.of == "bank"}

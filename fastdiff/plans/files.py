@@ -35,7 +35,7 @@ _INNER: dict[type, dict[str, type]] = {
 
 
 def refusal(source: str, why: str) -> ValueError:
-    """The error for a source that is no plan; never long, whatever the source holds."""
+    """The error for a source that is no plan. It is short, whatever the source holds."""
     source = source if source.isprintable() else ascii(source)
     return ValueError(f"Plan.load: {source}: {why if len(why) <= 260 else why[:257] + '...'}")
 
@@ -54,7 +54,7 @@ def dump(fields: Mapping[str, Any]) -> str:
 
 
 def _record(thing: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not what they are by default."""
+    """The fields of a dataclass that differ from their defaults."""
     record = {}
     for field in dataclasses.fields(thing):
         value = getattr(thing, field.name)
@@ -154,7 +154,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int | float:
-    """An integer; one beyond float64 is the infinity that its field then refuses by name."""
+    """An integer; in place of one beyond float64 an infinity, which its field refuses by name."""
     return int(digits) if len(digits) < 300 else float(digits)
 
 
@@ -198,7 +198,7 @@ def read(path: str | os.PathLike[str], max_bytes: int = MOST_BYTES) -> str:
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is a pipe, a device or a folder, is larger, or is not UTF-8.
+        ValueError: The file is a pipe, a device or a folder, is larger, or is not UTF-8.
     """
     source = os.fsdecode(path)
     most = index("Plan.load", "max_bytes", max_bytes, least=1, most=1 << 62)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names for living objects, for those that can hold on to a string alone.
+"""Names of living objects, for code that can keep a string and no object.
 
 A function that torch.compile traces may keep a string as a constant and look the object up when it
 is compiled. An entry lives as long as its object; handles are never given twice in a process.
@@ -16,16 +16,16 @@ _serial = itertools.count()
 
 
 def register(thing: Any) -> str:
-    """A new handle of a thing that can be referred to weakly."""
+    """A new handle for an object that can be referred to weakly."""
     handle = f"{type(thing).__name__} {next(_serial)}"
     _living[handle] = thing
     return handle
 
 
 def living(handle: str) -> Any:
-    """What a handle was given to.
+    """The object that a handle was given to.
 
     Raises:
-        KeyError: It is gone.
+        KeyError: The object is gone.
     """
     return _living[handle]

@@ -80,13 +80,14 @@ class PackedRow:
         push, push_x: Slots that take h and the x that comes in; -1: none.
         draws: (stream, weight) of each draw, two at most.
         p, u, v: h = u * point + v * limit(p * point + sum_g k_g out_g).
-        lo, hi: Of a clip.
-        quantile, floor, ceiling: Of a threshold.
+        lo, hi: Bounds of a clip.
+        quantile, floor, ceiling: Numbers of a threshold.
         a_x .. c_e: Weights of x' and e'; see `fastdiff.plans.stage`.
         c_in_next: The network is given c_in_next times the next point.
         scalar_b, scalar_g, scalar_c, scalar_ce: Columns of S that multiply b_0, g_0, c and c_e; -1:
             none.
-        k: One weight a branch, q w_g; `scalar_k` the columns of S that multiply them.
+        k: Weights q w_g of the branches.
+        scalar_k: Columns of S that multiply them; empty: none.
         terms: (slot, b, g) of each history term.
         extras: (entry, r, s) of each entry of the bank that is added.
         products, measures: See the classes.

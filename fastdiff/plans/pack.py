@@ -47,7 +47,7 @@ def pack(stages: Sequence[Stage], slots: Allocation, weights: Sequence[float]) -
 
 
 def _row(stage: Stage, slots: Mapping[int, int], weights: Sequence[float]) -> PackedRow:
-    """A stage's columns but those that its neighbours settle; `slots` says where each H_j is."""
+    """A stage's columns, without those that its neighbours settle; `slots` says where H_j is."""
     scalars = dict(stage.scalars)
 
     def scalar(name: str, coefficient: float) -> int:

@@ -49,9 +49,10 @@ class Plan:
             where a stage between the two times draws noise, for one that restarts.
         solver: Name for people; kernels never look at it.
         prediction: What the network returns ("epsilon", "x0", "v", "velocity", "score", "edm").
-        variable: What h is; "x0" is required where a stage clips or thresholds.
-        schedule: The schedule that the rows were made for; None: of rows given by hand. A `Custom`
-            one is saved by its name and numbers, and a plan that is loaded has it without its
+        variable: The variable that the rows combine. Where a stage clips or thresholds it is "x0",
+            unless the stage makes its h of the limited y by `u` and `v`.
+        schedule: The schedule that the rows were made for; None for rows given by hand. A `Custom`
+            schedule is saved by its name and numbers, and a plan that is loaded has it without its
             functions.
         prior_scale: Standard deviation of x at t_0 (`fastdiff.noise.prior` multiplies by it).
 
@@ -184,7 +185,7 @@ class Plan:
                 f"{self.variable!r}. Use a solver in x0 form (dpmpp-..., or ddim)."
             )
 
-    # -- what it does ----------------------------------------------------------------------------
+    # -- what the plan is ------------------------------------------------------------------------
 
     @property
     def nfe(self) -> int:
@@ -245,8 +246,8 @@ class Plan:
     def structure(self) -> tuple[Hashable, ...]:
         """What a captured loop is made for: plans with equal structures differ in numbers alone.
 
-        It holds for every stage whether it evaluates, and where; the registers; and whether rows
-        draw, clip or threshold, and have terms, products, scalars and measures.
+        The structure says of every stage whether and where it evaluates, which registers there are,
+        and whether rows draw, clip or threshold and have terms, products, scalars and measures.
         """
         layout, stages = self.layout, self.stages
         kinds = [tuple(map(_kinds, stage.measures)) for stage in stages]
@@ -360,7 +361,8 @@ class Plan:
             max_bytes: A larger file is refused.
 
         Raises:
-            ValueError: As in `from_json`; or the file is larger, no regular file, or not UTF-8.
+            ValueError: The file is larger, no regular file, or not UTF-8; or its text is refused by
+                `from_json`.
             OSError: The file cannot be read.
         """
         return cls.from_json(files.read(path, max_bytes), os.fsdecode(path))

@@ -49,25 +49,25 @@ class Stage:
         t: Time of the evaluation, in the schedule's units.
         model_time: Time the network is told, in the network's units.
         c_in: The network is given `c_in * point`.
-        p, q: From the network's output to the solver's variable: y = p * point + q * out.
-        x0_p, x0_q: The same to the x0 prediction, for callbacks: x0 = x0_p * point + x0_q * out.
-            NaN where no x0 exists (alpha = 0).
-        a_x, a_e, b, c, r: The row of x'. `b[0]` weighs h, `b[j]` the h of j evaluations before.
-        d_x, d_e, g, c_e, s: The row of e'. All zeros: no e' is written.
+        p, q: Weights that make the solver's variable of the output: y = p * point + q * out.
+        x0_p, x0_q: Weights that make the x0 prediction, for callbacks: x0 = x0_p * point
+            + x0_q * out. They are NaN where no x0 exists (alpha = 0).
+        a_x, a_e, b, c, r: Weights of x'. `b[0]` weighs h, `b[j]` the h of j evaluations before.
+        d_x, d_e, g, c_e, s: Weights of e'. No e' is written where all of them are 0.
         noise: Up to two draws (stream, weight), stream >= 1; xi is their weighted sum.
         clip: (lo, hi) applied to y, which is an x0.
         threshold: (quantile, floor) or (quantile, floor, ceiling), with 0 < quantile <= 1 and
-            0 < floor <= ceiling; likewise, and instead of `clip`. The quantile is interpolated
+            0 < floor <= ceiling. It is applied in place of `clip`. The quantile is interpolated
             linearly at position quantile (n - 1) among the n ordered |y| of a sample (as
             torch.quantile does, in float64).
-        evaluate: False for a stage without a network call: h does not exist and NFE is not counted.
+        evaluate: False for a stage without a network call, which has no h and counts no NFE.
         u, v: h = u * point + v * limit(y), such as the epsilon that follows from a limited x0.
         b_raw, g_raw: Weights of y, before the limit, in x' and e'.
         d_new: Weight of this stage's x' in e'.
         products: Up to eight products with entries of the bank.
         scalars: Columns of S that multiply coefficients: (("b_0", 3), ("w_1", 0)) or a mapping.
             Coefficients are b_0, g_0, c, c_e and the branch weights w_0, w_1, ...
-        measures: What this stage writes to S before its update.
+        measures: Numbers of each sample that this stage writes to S before its update.
 
     Raises:
         ValueError: A coefficient is not finite, or the row contradicts itself.
@@ -220,7 +220,7 @@ class Stage:
 
     @property
     def reads_e(self) -> str | None:
-        """What reads the e of earlier stages besides the evaluation; None: nothing does."""
+        """What reads the e of earlier stages beside the evaluation, in words; None: nothing."""
         if self.a_e or self.d_e:
             return f"a_e = {self.a_e}, d_e = {self.d_e}"
         if any(p.of == "e" for p in self.products):

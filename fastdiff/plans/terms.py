@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stage may hold beside weights: products with a bank of tensors, and measures of samples.
+"""Products with a bank of tensors, and measures of samples: what a stage holds beside weights.
 
 The bank R is what a call gives as `extras`: tensors that can be broadcast to x. S holds C numbers
-of each sample in the arithmetic type: measures write its columns, a stage's `scalars` read them.
+of each sample in the arithmetic type. Measures write its columns, and a stage's `scalars` read
+them.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Product:
             "h", "xi", "history", "bank" and "new". "new" into "e" is the finished x'; into "x" it
             is the sum so far, may stand once in a stage, and only products of "xi" and "bank" may
             follow it into "x".
-        at: Of "history": h of `at` evaluations before, at least 1. Of "bank": the entry. Else 0.
+        at: For "history", how many evaluations before the h was made, at least 1; for "bank", the
+            entry; for other operands 0.
 
     Raises:
         ValueError: An operand does not exist for this sum, or a number is out of range.
@@ -91,7 +93,7 @@ class Reduction:
         a, b: Operands: ("x",), ("e",), ("out", g) for the output of branch g, ("y",) for y before
             the limit and without the stage's scalars, ("xi",), ("history", j), ("bank", k). Only
             a "dot" has a b.
-        rank: Of a "quantile", interpolated linearly at position rank (n - 1); 0 < rank <= 1.
+        rank: Rank of a "quantile", 0 < rank <= 1, interpolated linearly at position rank (n - 1).
 
     Raises:
         ValueError: The kind or an operand does not exist, or a number is out of range.
@@ -130,14 +132,14 @@ class Reduction:
 
 def _operand(name: str, given: Any) -> Operand:
     """An operand as a tuple of a name and, where it has one, an index."""
-    told = "operands are " + ", ".join(
+    rule = "operands are " + ", ".join(
         f"({kind!r}, index)" if kind in INDEXED else f"({kind!r},)" for kind in OPERANDS
     )
     if not isinstance(given, list | tuple) or not 1 <= len(given) <= 2:
-        raise TypeError(f"Reduction: {told}; got {name} = {shown(given)}.")
+        raise TypeError(f"Reduction: {rule}; got {name} = {shown(given)}.")
     kind = given[0]
     if not isinstance(kind, str) or kind not in OPERANDS or (kind in INDEXED) != (len(given) == 2):
-        raise ValueError(f"Reduction: {told}; got {name} = {shown(given)}.")
+        raise ValueError(f"Reduction: {rule}; got {name} = {shown(given)}.")
     if len(given) == 1:
         return (kind,)
     most = MOST_BRANCHES - 1 if kind == "out" else LARGEST_INDEX - 1
@@ -152,7 +154,7 @@ class Measure:
 
     Args:
         into: Column of S.
-        num, den: Reductions.
+        num, den: Reductions; den may be left out.
         power, weight, offset: Finite numbers. A negative ratio under a power that is no integer
             gives NaN.
 

@@ -12,7 +12,7 @@ Term = tuple[float, str]
 
 
 def show(title: str, stages: Sequence[Stage]) -> str:
-    """The title, and what each stage makes of what it reads."""
+    """The title, and a line or more for each stage: its evaluation, its h and its update."""
     table = [("n", "t", "h", ["update"])]
     for n, (stage, at_e) in enumerate(zip(stages, evaluated_at_e(stages), strict=True)):
         table.append((str(n), f"{stage.t:.6g}", _output(stage, at_e), _update(stage, at_e)))

@@ -218,12 +218,12 @@ def transpose(stages: Sequence[Stage], solver: str = "custom") -> Transposed:
 
 
 class _Reads:
-    """What the row of stage s reads, and what is read before it runs.
+    """The cotangents that the row of stage s reads, and those that are read before it runs.
 
     Attributes:
         x: Sum for x', the cotangent that the stage before finds.
         e: Sum for e', the cotangent of the y before; None where there is none.
-        raw, owed: See `Transposed`; read before the row runs.
+        raw, owed: Parts of `Transposed` that are read before the row runs.
     """
 
     def __init__(self, sums: Cotangents, s: int) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a schedule is: alpha(t), sigma(t) and everything that follows from them, in float64.
+"""Schedules: alpha(t), sigma(t) and everything that follows from them, in float64.
 
 A schedule says x_t = alpha_t x0 + sigma_t eps. Time runs from noise (large) to data (small), and
 lambda_t = log(alpha_t / sigma_t) grows along a run. Every method takes a time or an array of times
@@ -69,7 +69,8 @@ def positive(who: str, name: str, value: Any) -> float:
     """The value as a float.
 
     Raises:
-        TypeError, ValueError: As `real`; also where the value is not positive and finite.
+        TypeError: The value is not a real number.
+        ValueError: The value is not positive and finite, or an integer beyond float64.
     """
     number = real(who, name, value)
     if not (math.isfinite(number) and number > 0):
@@ -90,7 +91,7 @@ def _no_times() -> Array:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a schedule says of itself beside its functions.
+    """What a schedule says about itself beside its functions of time.
 
     Args:
         domain: (smallest, largest) time at which the schedule is defined.
@@ -122,14 +123,14 @@ class Traits:
 class Schedule(abc.ABC):
     """A noise schedule: functions of time that a subclass gives, and all that follows from them.
 
-    What is abstract here is defined once, by the schedule or by one of `VariancePreserving`,
-    `ScaledTime` and `FromScales`; everything else is final. A subclass is a frozen dataclass.
+    Each abstract method is defined once, by the schedule or by one of `FromLogAlpha`, `ScaledTime`
+    and `FromScales`. Everything else is final. A subclass is a frozen dataclass.
     """
 
     @property
     @abc.abstractmethod
     def traits(self) -> Traits:
-        """The range of times, the default grid and what else is no function of time."""
+        """The range of times, the default grid, and other facts that are no function of time."""
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -189,7 +190,7 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def alpha_dot(self, t: ArrayLike) -> Array:
-        """d alpha / dt; at a knot, that of the piece on its larger-t side."""
+        """d alpha / dt; at a knot, the derivative of the piece on its larger-t side."""
 
     @abc.abstractmethod
     def sigma_dot(self, t: ArrayLike) -> Array:
@@ -295,7 +296,7 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> str:
-        """The arguments as `str` shows them; different schedules read differently."""
+        """The arguments as `str` shows them; two schedules that differ read differently."""
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self.describe()})"
@@ -344,7 +345,7 @@ def plain_record(schedule: Schedule) -> dict[str, Any]:
 
 
 def plain_text(schedule: Schedule) -> str:
-    """`describe` of such a schedule: a float in six digits where it has no more, else in full."""
+    """`describe` of such a schedule: floats that six digits hold are shown short."""
 
     def brief(value: Any) -> str:
         short = isinstance(value, float) and float(f"{value:g}") == value

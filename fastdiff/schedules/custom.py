@@ -32,16 +32,16 @@ class Custom(ScaledTime, FromScales):
     """A schedule from two callables; lambda is inverted numerically.
 
     `to_dict` keeps the name and the numbers, never the functions. A schedule that is read back
-    refuses whatever needs them. It equals every Custom of its name and numbers; two schedules that
-    both have functions are equal only if the functions are the same objects, too.
+    refuses whatever needs the functions, and equals every Custom of its name and numbers. Two
+    schedules that both have functions are equal only if the functions are the same objects, too.
 
     Args:
         alpha, sigma: Functions of float64 arrays of times, to scales (a constant is legal); lambda
             strictly decreases with t. Accurate values near sigma = 0 matter: write
             sqrt(-expm1(2 log alpha)), not sqrt(1 - alpha²).
         t_range: (smallest, largest) time. sigma > 0 and alpha > 0 inside it.
-        grid_range: Default (t_min, t_max) of grids; None: t_range, moved inside by a thousandth
-            where lambda is infinite.
+        grid_range: Default (t_min, t_max) of grids. None takes t_range, moved inside by a
+            thousandth where lambda is infinite.
         time_scale: The network is told t * time_scale.
         name: Name by which the schedule is saved and printed.
 
@@ -84,7 +84,7 @@ class Custom(ScaledTime, FromScales):
         grid_range: tuple[float, float] | None = None,
         time_scale: float = 1.0,
     ) -> Custom:
-        """The schedule as a file knows it: without its functions."""
+        """The schedule without its functions, as a file knows it."""
         made = object.__new__(cls)
         made._hold(None, None, t_range, grid_range, time_scale, name)
         return made
@@ -157,7 +157,7 @@ class Custom(ScaledTime, FromScales):
             return np.log(self.alpha(t)) - np.log(self.sigma(t))
 
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
-        """By bisection in t until no float lies between the ends (at most 1100 steps)."""
+        """The inverse of `lambda_t`, by bisection to the last float (1100 steps at most)."""
         target = as_array(lambda_t)
         lo = np.full(target.shape, self.t_range[0])
         hi = np.full(target.shape, self.t_range[1])
@@ -206,11 +206,11 @@ class Custom(ScaledTime, FromScales):
         return total
 
     def alpha_dot(self, t: ArrayLike) -> Array:
-        """By a five-point difference: about ten digits for smooth callables."""
+        """d alpha / dt by a five-point difference: about ten digits for smooth callables."""
         return self._dot(self.alpha, t)
 
     def sigma_dot(self, t: ArrayLike) -> Array:
-        """By a five-point difference: about ten digits for smooth callables."""
+        """d sigma / dt by a five-point difference: about ten digits for smooth callables."""
         return self._dot(self.sigma, t)
 
     def prior_scale(self, t: float) -> float:

@@ -27,13 +27,14 @@ class VPDiscrete(FromLogAlpha):
     training step, t < 1/N, it is told 0, since no network has seen a smaller index. So
     `time_of_model` is the inverse on [1/N, 1].
 
-    Two schedules are equal if log alpha is, bit for bit, however they were made. `to_dict` keeps
-    the recipe of `linear` and `scaled_linear` (three numbers), and else log alpha itself.
+    Two schedules are equal if their log alpha is, bit for bit, however they were made. `to_dict`
+    keeps the recipe of `linear` and `scaled_linear` (three numbers); of other schedules it keeps
+    log alpha itself.
 
     Args:
         alphas_cumprod: alpha² at the N >= 1 training steps, strictly decreasing in (0, 1), [N].
             (diffusers' `alphas_cumprod`.)
-        betas: Given instead: alphas_cumprod = cumprod(1 - betas).
+        betas: What is given in place of alphas_cumprod = cumprod(1 - betas), [N].
 
     Raises:
         ValueError: Neither or both are given, or the values are out of range. A last value of 0
@@ -73,7 +74,7 @@ class VPDiscrete(FromLogAlpha):
         self._hold(log_alpha)
 
     def _hold(self, log_alpha: Array) -> None:
-        """Takes log alpha at the training steps [N] as what this schedule is."""
+        """Makes this the schedule of these values of log alpha at the training steps, [N]."""
         good = log_alpha.ndim == 1 and log_alpha.size and np.all(np.isfinite(log_alpha))
         if not good or not np.all(np.diff(log_alpha, prepend=0.0) < 0):
             raise ValueError(
@@ -81,11 +82,11 @@ class VPDiscrete(FromLogAlpha):
                 f"{log_alpha.shape}, values {_span(log_alpha)}. Are two training steps so close "
                 "that float64 cannot tell them apart?"
             )
-        whole = np.concatenate([[0.0], log_alpha])
-        whole.setflags(write=False)
-        object.__setattr__(self, "alphas_cumprod", np.exp(2.0 * whole[1:]))
-        object.__setattr__(self, "betas", -np.expm1(2.0 * np.diff(whole)))
-        object.__setattr__(self, "_log_alpha", whole)
+        at_knots = np.concatenate([[0.0], log_alpha])
+        at_knots.setflags(write=False)
+        object.__setattr__(self, "alphas_cumprod", np.exp(2.0 * at_knots[1:]))
+        object.__setattr__(self, "betas", -np.expm1(2.0 * np.diff(at_knots)))
+        object.__setattr__(self, "_log_alpha", at_knots)
 
     _log_alpha: Any = field(default=None, init=False, repr=False)
     _recipe: Any = field(default=None, init=False, repr=False)

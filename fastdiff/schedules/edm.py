@@ -90,7 +90,7 @@ class EDM(Schedule):
         return 2.0 * as_array(t)
 
     def prior_scale(self, t: float) -> float:
-        """sigma: the data's own scale is small beside it."""
+        """sigma_t: the data's own scale is small beside it."""
         return float(t)
 
     def model_time(self, t: ArrayLike, prediction: str = "epsilon") -> Array:
@@ -98,8 +98,8 @@ class EDM(Schedule):
             return 0.25 * np.log(as_array(t)) if prediction == "edm" else as_array(t) * 1.0
 
     def time_of_model(self, model_time: ArrayLike, prediction: str = "epsilon") -> Array:
-        told = as_array(model_time)
-        return np.exp(4.0 * told) if prediction == "edm" else told * 1.0
+        value = as_array(model_time)
+        return np.exp(4.0 * value) if prediction == "edm" else value * 1.0
 
     def c_in(self, t: ArrayLike, prediction: str = "epsilon") -> Array:
         scaled = prediction == "edm" if self.scale_input is None else self.scale_input

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules read back from the data that `Schedule.to_dict` makes."""
+"""Reading schedules back from the data that `Schedule.to_dict` makes."""
 
 from __future__ import annotations
 

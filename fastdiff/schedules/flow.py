@@ -72,7 +72,7 @@ class FlowMatching(ScaledTime, FromScales):
         return np.ones_like(as_array(t))
 
     def prior_scale(self, t: float) -> float:
-        """sigma: at t = 1 the state is the noise itself."""
+        """sigma_t: at t = 1 the state is the noise itself."""
         return float(t)
 
     def to_dict(self) -> dict[str, Any]:

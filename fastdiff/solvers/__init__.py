@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solvers: what they are, those there are, and their names."""
+"""Solvers: the base class, the families and the registry of names."""
 
 from .base import Solver
 from .entry import Info

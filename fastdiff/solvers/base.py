@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a solver is: options, and one method that writes the rows of a plan."""
+"""Solvers: each is a set of options, and a method that writes the rows of a plan."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from .rows import Rows
 class Solver(abc.ABC):
     """A sampler's options. Subclasses are frozen dataclasses with a `name`, `variable` and `write`.
 
-    `fastdiff.plan` calls `plan`, which builds the grid, asks for the rows and packs them. Nothing
-    here is overridden but `intervals`, by a solver that counts steps in its own way.
+    `fastdiff.plan` calls `plan`, which builds the grid, asks for the rows and packs them. Of the
+    methods defined here only `intervals` may be overridden, by a solver that counts steps in its
+    own way.
     """
 
     @property
@@ -33,7 +34,7 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def variable(self, schedule: Schedule, times: Array) -> str:
-        """What h is: "epsilon", "x0" or "velocity"."""
+        """The variable that the rows combine: "epsilon", "x0" or "velocity"."""
 
     @abc.abstractmethod
     def write(self, rows: Rows, times: Array) -> None:
@@ -85,16 +86,17 @@ class Solver(abc.ABC):
 
 @dataclass(frozen=True)
 class X0Limits(Solver):
-    """What a solver in x0 form may do to every x0 prediction before it is used.
+    """A solver in x0 form, which may limit every x0 prediction before it uses it.
 
     Args:
-        clip: Bound or (lo, hi): x0 is clipped to [lo, hi].
-        threshold: Quantile or (quantile, floor), the floor 1 by default: dynamic thresholding. Each
-            sample's x0 is clipped to [-s, s] and divided by s = max(quantile of its |x0|, floor),
-            which keeps it in [-1, 1] without saturating under strong guidance. It is meant for
-            pixels; Imagen takes 0.995. diffusers names the two `dynamic_thresholding_ratio` and
-            `sample_max_value`, and clamps s to [1, sample_max_value]: with its default of 1 that
-            is clip=1, whatever the ratio. Here s has a floor and no ceiling, as in the paper.
+        clip: A bound or (lo, hi): x0 is clipped to [lo, hi].
+        threshold: A quantile or (quantile, floor), where the floor is 1 by default. This is dynamic
+            thresholding: each sample's x0 is clipped to [-s, s] and divided by
+            s = max(quantile of its |x0|, floor), which keeps it in [-1, 1] without saturating under
+            strong guidance. It is meant for pixels; Imagen takes 0.995. diffusers names the two
+            `dynamic_thresholding_ratio` and `sample_max_value`, and clamps s to
+            [1, sample_max_value]: with its default of 1 that is clip=1, whatever the ratio. Here s
+            has a floor and no ceiling, as in the paper.
 
     Source: Saharia et al., "Imagen", arXiv:2205.11487, section 2.3; Lu et al., "DPM-Solver++",
     arXiv:2211.01095; code LuChengTHU/dpm-solver 52bc3fb dynamic_thresholding_fn.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An entry of a family's list of solvers."""
+"""Entries of the families' lists of solvers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .base import Solver
 
 @dataclass(frozen=True)
 class Info:
-    """What is known of a named solver.
+    """What is known about a named solver.
 
     Attributes:
-        name: Its name.
-        make: Its class.
+        name: The solver's name.
+        make: The solver's class.
         measured_order: Slope of log error on log steps, measured with warmup="runge-kutta" where
             the solver has one. The `order` of a name or an option is the field's instead: the
             number of outputs that a step combines.
-        nfe_per_step: Evaluations a step.
-        summary: One line.
-        source: Paper.
-        fixed: Options that the name fixes, and those that change nothing under it.
+        nfe_per_step: Network evaluations a step.
+        summary: What the solver does, in one line.
+        source: The paper that it comes from.
+        fixed: Options that the name fixes, and options that change nothing under it.
         least_steps: Fewest steps that a plan can have.
         stochastic: Whether the solver draws noise by default.
         aliases: Names that other libraries give to this solver, each with the options that make

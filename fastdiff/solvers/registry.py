@@ -35,7 +35,7 @@ def names() -> tuple[str, ...]:
 
 
 def info(name: str) -> Info:
-    """What is known of a solver: measured order, cost, source, options.
+    """What is known about a solver: measured order, cost, source, options.
 
     Args:
         name: A name or an alias.
@@ -57,8 +57,8 @@ def get(name: str, **options: Any) -> Solver:
         **options: The solver's own (`info(name).options`).
 
     Raises:
-        ValueError: Unknown name or a bad value.
-        TypeError: An option that this solver does not have (those it has are listed).
+        ValueError: The name is unknown, or an option has a bad value.
+        TypeError: The solver has no such option; the message lists those that it has.
     """
     entry = info(name)
     allowed = entry.options
@@ -80,7 +80,7 @@ def plan(
     prediction: str = "epsilon",
     **options: Any,
 ) -> Plan:
-    """Compiles a schedule, a solver and a grid to a plan: all about sampling but the network.
+    """Compiles a schedule, a solver and a grid to a plan: all that sampling needs but the network.
 
     Args:
         schedule: A `fastdiff.schedules.Schedule`.
@@ -99,9 +99,10 @@ def plan(
         The plan.
 
     Raises:
-        ValueError: An unknown name, more outputs to combine than steps, bad times, an end where the
-            solver has no limit. The message names what would work.
-        TypeError: A value of the wrong kind, or an option that the solver does not have.
+        ValueError: A name is unknown, the times are bad, the solver combines more outputs than
+            there are steps, or it has no limit at an end of the grid. The message names what would
+            work.
+        TypeError: A value has the wrong kind, or the solver has no such option.
     """
     if isinstance(solver, str):
         solver = get(solver, **options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a solver writes the stages of a plan: rows of weights, with evaluations named by number."""
+"""Rows of weights, by which a solver writes the stages of a plan."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Rows:
     time), and gives every noise a stream of its own.
 
     Args:
-        schedule, prediction: Those of the plan.
-        variable: What the solver combines: h is converted to it.
-        steps: What the caller of `fastdiff.plan` asked for.
+        schedule, prediction: The plan's schedule, and what its network returns.
+        variable: The variable that the solver combines; outputs are converted to it.
+        steps: Steps that the caller of `fastdiff.plan` asked for.
         clip: (lo, hi) for every evaluation, or None.
         threshold: (quantile, floor) for every evaluation, or None.
 
@@ -97,14 +97,14 @@ class Rows:
         Args:
             t: Time of the evaluation; the point is e where the last `add` gave an e, else x.
             x: Weights of x'; None leaves x as it is.
-            e: Weights of e', where the next evaluation is to be; None: the next is at x'.
+            e: Weights of e', the point of the next evaluation; None: the next is at x'.
             draws: {stream: weight} of at most two streams from `draw`, whose weighted sum is the
                 stage's noise. None: one fresh stream of weight 1 where a row weighs noise.
             evaluate: False for an update without a network call; only earlier outputs exist.
             **fields: Further fields of `fastdiff.Stage`, as they stand there.
 
         Returns:
-            The number of this evaluation; without one, of the next.
+            The number of this evaluation. Without a network call it is the number of the next one.
 
         Raises:
             ValueError: A row weighs an evaluation that has not been made.

@@ -28,7 +28,7 @@ class DDIM(X0Limits):
         eta: Share of fresh noise, in [0, 1].
         form: Variable of the rows: "epsilon", "x0", or "auto", which is epsilon unless x0 is
             limited or alpha = 0 at the start. The forms agree to rounding.
-        clip, threshold: What limits x0, as in `X0Limits`; epsilon follows from the limited x0.
+        clip, threshold: Limits of x0, as in `X0Limits`; epsilon follows from the limited x0.
 
     Source: Song et al., "Denoising Diffusion Implicit Models", arXiv:2010.02502, eqs. 12 and 16.
     """
@@ -56,7 +56,7 @@ class DDIM(X0Limits):
 
 
 def form_of(form: str, limited: bool, schedule: Schedule, times: Array) -> str:
-    """What "auto" stands for: epsilon, unless x0 is limited or alpha = 0 at the start."""
+    """The form; "auto" stands for epsilon, unless x0 is limited or alpha = 0 at the start."""
     if form != "auto":
         return form
     return "x0" if limited or float(schedule.alpha(times[0])) == 0.0 else "epsilon"

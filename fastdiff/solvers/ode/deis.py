@@ -17,7 +17,24 @@ _RIEMANN_NODES = 10_000
 
 
 @dataclass(frozen=True)
-class DEIS(EpsilonMultistep):
+class Integrated(EpsilonMultistep):
+    """Multistep on epsilon whose weights are integrals of polynomials through its nodes.
+
+    Args:
+        order: Outputs combined by a full step, 1 to 4.
+        published: True takes the authors' Riemann sums in place of the integrals.
+    """
+
+    order: int = 3
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        self.check_multistep()
+        choice(self.name, "published", self.published, (False, True))
+
+
+@dataclass(frozen=True)
+class DEIS(Integrated):
     """tAB-DEIS: epsilon extrapolated by a polynomial in t, integrated under the exact kernel.
 
         x_{i+1} = (alpha_{i+1}/alpha_i) x_i + sum_j C_ij epsilon_{i-j}
@@ -28,8 +45,8 @@ class DEIS(EpsilonMultistep):
 
     Args:
         order: Outputs combined by a full step, 1 to 4.
-        lower_order_final: True lowers the last steps to order .. 2, 1. The default is False: these
-            methods, as published, do not lower, and do not need it.
+        lower_order_final: True lowers the last steps to order .. 2, 1. The default is False: as
+            published, these methods do not lower, and they do not need to.
         warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations, but the asymptotic
             order is at most 2) or "runge-kutta" (the first order - 1 steps by rhoRK of the same
             order; full order).
@@ -40,13 +57,6 @@ class DEIS(EpsilonMultistep):
     Source: Zhang & Chen, "Fast Sampling of Diffusion Models with Exponential Integrator",
     arXiv:2204.13902, eqs. 14-15; code qsh-zh/deis a30709f.
     """
-
-    order: int = 3
-    published: bool = False
-
-    def __post_init__(self) -> None:
-        self.check_multistep()
-        choice(self.name, "published", self.published, (False, True))
 
     @property
     def name(self) -> str:
@@ -65,7 +75,7 @@ class DEIS(EpsilonMultistep):
 
 
 @dataclass(frozen=True)
-class RhoAB(EpsilonMultistep):
+class RhoAB(Integrated):
     """rhoAB-DEIS: epsilon extrapolated by a polynomial in rho = sigma/alpha.
 
         x_{i+1} = (alpha_{i+1}/alpha_i) x_i + alpha_{i+1} sum_j int L_j(rho) d rho epsilon_{i-j}
@@ -73,19 +83,12 @@ class RhoAB(EpsilonMultistep):
     Order `order` with the runge-kutta warm-up, at most 2 without. Ends at sigma = 0 are legal.
 
     Args:
-        order, lower_order_final, warmup: As in `DEIS`.
+        order, lower_order_final, warmup: The options of `DEIS`.
         published: True takes the authors' left Riemann sums of 10000 nodes (relative error of the
             weights 2e-5).
 
     Source: Zhang & Chen, arXiv:2204.13902, section 3.3; code qsh-zh/deis a30709f.
     """
-
-    order: int = 3
-    published: bool = False
-
-    def __post_init__(self) -> None:
-        self.check_multistep()
-        choice(self.name, "published", self.published, (False, True))
 
     @property
     def name(self) -> str:

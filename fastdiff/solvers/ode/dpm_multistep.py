@@ -47,16 +47,16 @@ class DPMSolverMultistep(X0Limits):
         order: Outputs combined, 1 to 3.
         form: "epsilon" (DPM-Solver) or "x0" (DPM-Solver++).
         solver_type: "dpmsolver" or "taylor": the rule at order 2, also on the way to order 3.
-        lower_order_final: True lowers the last steps to order .. 2, 1; False never does (but to
-            sigma = 0). "auto", the default, lowers those of them whose weights amplify errors too
-            much, sum |b| / |sum b| above `AMPLIFICATION`: extrapolating over a last step that is
-            long in lambda (a third of the whole on a grid uniform in t) gives errors of order one,
-            while on an even or fine grid lowering costs accuracy. With published=True "auto" is the
-            authors' rule: all of them if steps < 10.
+        lower_order_final: True lowers the last steps to order .. 2, 1. False lowers none, except a
+            step to sigma = 0. "auto", the default, lowers a last step whose weights amplify errors
+            too much, sum |b| / |sum b| above `AMPLIFICATION`: extrapolating over a last step that
+            is long in lambda (a third of the range on a grid uniform in t) gives errors of order
+            one, while on an even or fine grid lowering costs accuracy. With published=True "auto"
+            is the authors' rule, which lowers all of them if steps < 10.
         warmup: "lower" (orders 1, 2, ..; no extra evaluations) or "runge-kutta" (the first
             order - 1 steps by the singlestep method of the same order).
         published: True takes the published third-order rule (see above).
-        clip, threshold: What limits x0, as in `X0Limits`; for form "x0" alone.
+        clip, threshold: Limits of x0, as in `X0Limits`; form "x0" alone has them.
 
     Source: Lu et al., "DPM-Solver", arXiv:2206.00927; "DPM-Solver++", arXiv:2211.01095,
     Algorithm 2; code LuChengTHU/dpm-solver 52bc3fb.
@@ -140,7 +140,7 @@ class LogRhoDEIS(Solver):
 
     Args:
         order: Outputs combined, 1 to 3.
-        lower_order_final, warmup: As in `DPMSolverMultistep`.
+        lower_order_final, warmup: The options of `DPMSolverMultistep`.
 
     Source: Zhang & Chen, arXiv:2204.13902, with the variable of Lu et al., arXiv:2206.00927;
     diffusers 0.42.1 DEISMultistepScheduler.

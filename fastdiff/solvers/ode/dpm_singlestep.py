@@ -124,7 +124,7 @@ class DPMSolverSinglestep(X0Limits):
             outer times are always taken from a grid of `steps` intervals, an even budget ends with
             two first-order steps at order 2, and the second inner node at order 3 follows
             solver_type ("midpoint" and "heun" there are "dpmsolver" and "taylor" here).
-        clip, threshold: What limits x0, as in `X0Limits`; for form "x0" alone.
+        clip, threshold: Limits of x0, as in `X0Limits`; form "x0" alone has them.
 
     Source: Lu et al., arXiv:2206.00927, Algorithms 1, 2 and appendix D; arXiv:2211.01095,
     Algorithm 1; code LuChengTHU/dpm-solver 52bc3fb.

@@ -29,7 +29,7 @@ class IPNDM(EpsilonMultistep):
     which the weights are made. order = 1 is DDIM. Ends at sigma = 0 are legal.
 
     Args:
-        order, lower_order_final, warmup: As in `DEIS`.
+        order, lower_order_final, warmup: The options of `DEIS`.
 
     Source: Zhang & Chen, arXiv:2204.13902, appendix H.2, after Liu et al., "PNDM",
     arXiv:2202.09778; code qsh-zh/deis a30709f and zju-pi/diff-sampler 68d5ce4.
@@ -45,8 +45,8 @@ class IPNDM(EpsilonMultistep):
         return f"ipndm-{self.order}"
 
     def weights(self, schedule: Schedule, nodes: Array, t: float) -> Array:
-        whole = moments(schedule, "epsilon", float(nodes[0]), t, 1)[0]
-        return whole * np.array(ADAMS_BASHFORTH[len(nodes) - 1])
+        total = moments(schedule, "epsilon", float(nodes[0]), t, 1)[0]
+        return total * np.array(ADAMS_BASHFORTH[len(nodes) - 1])
 
 
 SOLVERS = tuple(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What multistep solvers on epsilon share: the transfer, the warm-up and the last steps."""
+"""The base of multistep solvers on epsilon: the transfer, the warm-up and the last steps."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ class EpsilonMultistep(Solver):
 
 
 def fixed_options(order: int, **dead: Any) -> Mapping[str, Any]:
-    """What a name of this order fixes: at order 1 the options `dead` change nothing."""
+    """The options that a name of this order fixes; at order 1 the options `dead` change nothing."""
     return {"order": order, **(dead if order == 1 else {})}

@@ -24,14 +24,14 @@ class Reversible(Solver):
         y_t = A (zeta y_s + (1 - zeta) z_s) + B h(z_s, s)
         z_t = A z_s + B h(y_t, t)
 
-    which can be solved for (y_s, z_s) as it stands. The sample is z at the end. Of order 1, two
-    evaluations a step. zeta below 1 couples the copies; going back divides by it at every step, so
-    rounding errors grow like zeta^-steps. A step to sigma = 0 is DDIM's, of z alone, and cannot be
-    undone.
+    which can be solved for (y_s, z_s) as it stands. The sample is z at the end. The solver is of
+    order 1 and takes two evaluations a step. zeta below 1 couples the copies; going back divides by
+    it at every step, so rounding errors grow like zeta^-steps. A step to sigma = 0 is DDIM's, of z
+    alone, and cannot be undone.
 
     Args:
-        form: What is held over a step: "epsilon" or "x0".
-        zeta: In (0, 1).
+        form: Variable that is held constant over a step: "epsilon" or "x0".
+        zeta: Strength of the coupling, in (0, 1).
 
     Source: McCallum & Foster, "Efficient, accurate and stable gradients for neural ODEs",
     arXiv:2410.11648, in the exponential variables of Blasingame & Liu's Rex, with the exponential

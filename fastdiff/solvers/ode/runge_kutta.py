@@ -81,8 +81,9 @@ def write_runge_kutta(rows: Rows, tableau: str, times: Array) -> None:
 class RhoRK(Solver):
     """rhoRK-DEIS: explicit Runge-Kutta for d(x/alpha)/d(sigma/alpha) = epsilon.
 
-    Order of the tableau (heun 2, the third-order ones 3, rk4 4), as many evaluations a step as it
-    has stages; a step to sigma = 0 is Euler's. rhoRK-Heun on an EDM schedule is EDM's sampler.
+    The order is that of the tableau (euler 1, heun 2, rk4 4, the others 3), and a step takes as
+    many evaluations as the tableau has stages. A step to sigma = 0 is Euler's. rhoRK-Heun on an EDM
+    schedule is EDM's sampler.
 
     Args:
         tableau: A name in `TABLEAUS`: "euler", "heun", "kutta3", "heun3", "ralston3", "vdh3",

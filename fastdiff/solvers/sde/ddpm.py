@@ -29,7 +29,7 @@ class DDPM(X0Limits):
         published: True keeps "fixed_large" as the code has it, which leaves the noise out only
             where the step starts at training index 0: a coarser sequence ends with noise of
             standard deviation sigma_s on its result.
-        form, clip, threshold: As in `DDIM`.
+        form, clip, threshold: The options of `DDIM`.
 
     Source: Ho et al., "DDPM", arXiv:2006.11239, section 3.2 and algorithm 2; published code
     ermongroup/ddim functions/denoising.py:ddpm_steps.
