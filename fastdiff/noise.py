@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from . import _core
-
-if TYPE_CHECKING:
-    from .plans import Plan
+from .plans import Plan
 
 Seeds = int | Sequence[int] | torch.Tensor
 
@@ -125,7 +123,15 @@ def prior(
     """The state at the plan's first time: `plan.prior_scale * normal(shape, seeds, stream=0)`.
 
     Arguments and errors are those of `normal`.
+
+    Raises:
+        TypeError: plan is no plan.
     """
+    if not isinstance(plan, Plan):
+        raise TypeError(
+            f"noise.prior: plan is a fastdiff.Plan; got {type(plan).__name__}. Make one with "
+            "fastdiff.plan(schedule, solver, steps)."
+        )
     z = normal(shape, seeds, 0, dtype=dtype, device=device, offset=offset)
     return z.mul_(plan.prior_scale)
 
@@ -156,6 +162,11 @@ def seeds_tensor(seeds: Seeds, batch: int) -> torch.Tensor:
             )
         return seeds.cpu().contiguous()
     values: Iterable[Any]
+    if isinstance(seeds, Set | Mapping):
+        raise TypeError(
+            f"seeds: seeds have an order, that of the samples; got a {type(seeds).__name__}. Give "
+            "a list, a tuple or a range."
+        )
     if isinstance(seeds, Iterable):
         values = list(seeds)
         if len(values) != batch:

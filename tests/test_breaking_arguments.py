@@ -76,12 +76,9 @@ def test_an_output_of_another_layout_is_refused_with_its_stage(kind, backend):
         fd.sample(net, torch.randn(2, 3), plan_of(), backend=backend)
 
 
-@EACH
-def test_a_floor_that_the_state_cannot_hold_is_refused(backend):
-    plan = fd.Plan((fd.Stage(t=1.0, b=(1.0,), threshold=(0.9, 1e300)),), (1.0, 0.0), variable="x0")
+def test_a_floor_that_a_float32_state_cannot_hold_is_refused():
     with refused("floor|threshold"):
-        fd.sample(network, torch.randn(2, 3), plan, backend=backend)
-    fd.sample(network, torch.randn(2, 3, dtype=torch.float64), plan, backend=backend)
+        fd.Stage(t=1.0, b=(1.0,), threshold=(0.9, 1e300))
 
 
 @pytest.mark.parametrize("extras", [5, None, torch.ones(2, 3)[0, 0], "ab"])
