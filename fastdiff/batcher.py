@@ -22,7 +22,7 @@ from .capture.loops import bytes_of, capturable, check_capturable
 from .conditioning import arguments_of, flatten, rebuild, varies
 from .engine.call import Seeds
 from .engine.job import Job
-from .engine.loops import BAD_OUTPUT, output_problem, watch
+from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
 from .engine.run import Run, Spec, features_of, spec_of
 from .guidance import CFG, UNGUIDED, guided_rows
 from .plans import Layout, PackedRow, Plan
@@ -242,7 +242,7 @@ class Batcher:
         self._run.follow()
         with torch.no_grad():
             if self._captures is None:
-                self._advance(self._cond_of())
+                self._move()
             else:
                 self._replay(self._captures)
             done = [place for place, left in enumerate(self._left) if left == 1]
@@ -254,10 +254,26 @@ class Batcher:
         """Counts of captures, replays and evictions, and the memory held; see `Sampler.stats`."""
         return Stats() if self._captures is None else self._captures.stats()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "Batcher: registers and captured stages belong to one batcher in one process. Make "
+            "another one of the same network and plans."
+        )
+
     # -- one stage -------------------------------------------------------------------------------
 
     def _cond_of(self) -> Any:
         return rebuild(self._cond, iter(self._held))
+
+    def _move(self) -> None:
+        """Moves every sample eagerly; those that a network wrote to are given up."""
+        try:
+            self._advance(self._cond_of())
+        except Written as error:
+            assert self._run.index is not None
+            self._run.index.zero_()
+            self._left = [0] * len(self._left)
+            raise Written(f"{error} The samples are given up: add them again.") from None
 
     def _advance(self, cond: Any) -> None:
         run, index = self._run, self._run.index
@@ -271,7 +287,7 @@ class Batcher:
         before = watch(given)
         output = self._job.network(given, time, *arguments, **keywords)
         if watch(given) != before:
-            raise ValueError(
+            raise Written(
                 "Batcher: the network wrote to its input in place, which is the batcher's own "
                 "memory. Let it work on a copy (x = x.clone())."
             )

@@ -7,7 +7,8 @@ guidance, flattened for a capture, rebuilt, sliced by stage, and searched for te
 A tensor reached through dicts alone has one entry a sample in its first dimension. A tensor inside
 a list, a tuple or a dataclass is handed to the network whole: it belongs to no sample. A `PerStage`
 may stand wherever a tensor may. Other objects are passed as they are, and may not hold what would
-have to be looked at: a `PerStage`, or a tensor that requires grad.
+have to be looked at: a `PerStage`, or a tensor that requires grad. A mapping of another type than
+dict becomes a dict where something in it is replaced.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
     if isinstance(value, _LEAVES):
         return visit(value, path, whole)
     if isinstance(value, Mapping) and value:
-        inner = {k: walk(v, visit, (*path, (dict, k)), whole) for k, v in value.items()}
+        own = type(value)
+        inner = {k: walk(v, visit, (*path, (own, k)), whole) for k, v in value.items()}
         return inner if any(inner[k] is not v for k, v in value.items()) else value
     if isinstance(value, (list, tuple)) and value:
         kind = type(value)
@@ -85,7 +87,9 @@ def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
 
 def _walk_fields(value: Any, visit: Visit, path: Path) -> Any:
     made = None
-    for name in (f.name for f in dataclasses.fields(value) if hasattr(value, f.name)):
+    own = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
+    # attributes that are no fields: __post_init__ may have made them from tensors
+    for name in dict.fromkeys([*own, *getattr(value, "__dict__", ())]):
         old = getattr(value, name)
         new = walk(old, visit, (*path, (type(value), name)), True)
         if new is not old:
@@ -97,7 +101,8 @@ def _walk_fields(value: Any, visit: Visit, path: Path) -> Any:
 def where_of(path: Path, root: str = "cond") -> str:
     """A place in the words of who wrote it: cond['a'][0].name."""
     parts = (
-        f"[{key!r}]" if issubclass(kind, (dict, list, tuple)) else f".{key}" for kind, key in path
+        f"[{key!r}]" if issubclass(kind, (Mapping, list, tuple)) else f".{key}"
+        for kind, key in path
     )
     return root + "".join(parts)
 
@@ -155,8 +160,11 @@ def _hidden(value: Any) -> list[Any]:
     """What a plain object holds in its attributes; modules are networks and hold their own."""
     if isinstance(value, (*_CONSTANTS, type, torch.nn.Module)):
         return []
-    own = getattr(value, "__dict__", None)
-    return list(own.values()) if isinstance(own, dict) else []
+    names = list(getattr(value, "__dict__", ()))
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return [getattr(value, name, None) for name in names if isinstance(name, str)]
 
 
 def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") -> None:
@@ -241,8 +249,10 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
             shape = tuple(tensor.shape[1:] if per_sample else tensor.shape)
             described.append((path, staged, per_sample, shape, tensor.dtype, tensor.device))
         elif isinstance(value, (*_CONSTANTS, Mapping, list, tuple)):
-            constant = value if isinstance(value, _CONSTANTS) else None  # else: an empty container
-            described.append((path, type(value), constant))
+            # 0.0 is another number than -0.0, and NaN is the same as itself
+            constant = repr(value) if isinstance(value, (float, complex)) else value
+            empty = not isinstance(value, _CONSTANTS)
+            described.append((path, type(value), None if empty else constant))
         else:
             raise TypeError(
                 "sample: a captured graph sees tensors, numbers and strings in dicts, lists, tuples"

@@ -84,7 +84,7 @@ def normal(
     if _core.native is None:
         z = torch.from_numpy(reference(bits.numpy(), size, stream, offset).reshape(sizes))
     else:
-        z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32)
+        z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32, device="cpu")
         threads = torch.get_num_threads()
         at = (z.data_ptr(), code, bits.data_ptr(), batch, size)
         _core.native.normal(*at, stream, offset, threads)
@@ -166,7 +166,7 @@ def seeds_tensor(seeds: Seeds, batch: int) -> torch.Tensor:
     else:
         first = _integer(seeds)
         if -(1 << 63) <= first <= (1 << 63) - 1 - batch:
-            return torch.arange(first, first + batch, dtype=torch.int64)
+            return torch.arange(first, first + batch, dtype=torch.int64, device="cpu")
         values = range(first, first + batch)
     patterns = [_integer(value) & 0xFFFFFFFFFFFFFFFF for value in values]
     return torch.from_numpy(np.array(patterns, dtype=np.uint64).view(np.int64))

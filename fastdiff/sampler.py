@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -295,7 +296,8 @@ class Sampler:
         if gradient == "backprop":
             return reference.sample(
                 *(job.network, reference.constants(job.plan), job.guidance, call),
-                *(job.input_dtype(x), reference.normal),
+                job.input_dtype(x),
+                functools.partial(reference.normal, offset=call.offset),
             )
         assert isinstance(gradient, Discrete | AdjointDEIS)
         if call.xi is not None:

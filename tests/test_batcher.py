@@ -1,23 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples at different stages of different plans in one batch, each as if it were alone."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+from support.captures import VP, network, plan_of
+from support.core import BACKENDS, needs_core
 
 import fastdiff as fd
 
-VP = fd.schedules.VPLinear()
-BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def network(x, t, y=None):
-    shift = 0.0 if y is None else y.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    return torch.tanh(x + shift) * (1 + 1e-3 * t.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype))
-
-
-def plan_of(solver, steps):
-    return fd.plan(VP, solver, steps, prediction="v", t_max=0.9)
 
 
 PLANS = [plan_of("ddim", 3), plan_of("deis-3", 7), plan_of("dpm-2", 2), plan_of("ddpm", 5)]
@@ -75,7 +69,7 @@ def test_conditioning_and_guidance_are_a_samples_own(scale):
         torch.testing.assert_close(got, alone(request, guidance), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 def test_one_captured_stage_serves_every_mixture(recorder):
     requests = requests_of(9, (6,), y=True)
     batcher = fd.Batcher(network, PLANS, (4, 6), cond={"y": torch.zeros(4)}, graph="stage")
@@ -88,7 +82,7 @@ def test_one_captured_stage_serves_every_mixture(recorder):
     assert batcher.stats().captures == 2
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 @pytest.mark.parametrize("graph", [None, "stage"])
 def test_an_error_moves_no_sample(graph, recorder):
     fail = []
@@ -109,7 +103,7 @@ def test_an_error_moves_no_sample(graph, recorder):
     torch.testing.assert_close(results[-1][place], alone((x, 0, None, None)))
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
+@needs_core
 def test_a_bound_that_is_too_small_moves_no_sample(recorder):
     batcher = fd.Batcher(network, PLANS, (2, 6), graph=fd.Graph("stage", bytes=10))
     batcher.add(torch.randn(6))
@@ -137,6 +131,45 @@ def test_bad_outputs_are_named():
     batcher.add(torch.randn(6))
     with pytest.raises((TypeError, AttributeError), match="Batcher: the network returns a tensor"):
         batcher.step()
+
+
+@needs_core
+@pytest.mark.parametrize("graph", [None, "stage"])
+def test_a_network_that_writes_to_its_input_spoils_no_later_sample(graph, recorder):
+    careless = [1]
+
+    def net(x, t):
+        out = network(x, t)
+        if careless:
+            x.mul_(0.5)
+        return out
+
+    x = torch.randn(6)
+    batcher = fd.Batcher(net, PLANS, (2, 6), graph=graph)
+    batcher.add(torch.randn(6))
+    with pytest.raises(ValueError, match="in place"):
+        batcher.step()
+    careless.clear()
+    while batcher.free < 2:
+        batcher.step()
+    place, done = batcher.add(x), {}
+    while place not in done:
+        done = batcher.step()
+    torch.testing.assert_close(done[place], alone((x, 0, None, None)))
+
+
+def test_a_sample_that_was_written_to_is_given_up():
+    batcher = fd.Batcher(lambda x, t: x.mul_(0.5), PLANS, (2, 6))
+    batcher.add(torch.randn(6))
+    with pytest.raises(RuntimeError, match="given up: add them again"):
+        batcher.step()
+    assert batcher.free == 2
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_batcher_is_not_copied(make):
+    with pytest.raises(TypeError, match="belong to one batcher"):
+        make(fd.Batcher(network, PLANS, (2, 6)))
 
 
 def test_places_are_taken_and_given_back():

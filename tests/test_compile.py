@@ -101,6 +101,26 @@ def test_guidance_and_a_samplers_own_arguments(scale, net):
     close(function(x, y), sampler(x, {"y": y}))
 
 
+@pytest.mark.parametrize(
+    ("cond", "take"),
+    [
+        ({"c": [torch.ones(3)]}, lambda c: c[0]),
+        ({"c": {"y": torch.ones(3)}}, lambda c: c["y"]),
+        ({"c": [fd.PerStage(torch.arange(12.0).reshape(4, 3))]}, lambda c: c[0]),
+        ({"c": {"y": fd.PerStage(torch.arange(12.0).reshape(4, 3))}}, lambda c: c["y"]),
+    ],
+)
+def test_nested_conditioning_means_the_same(cond, take, net):
+    def taking(x, t, c):
+        return net(x, t, take(c))
+
+    plan, x = plan_of(), torch.randn(3, 8)
+    close(
+        compiled(lambda x: fd.sample(taking, x, plan, cond=cond))(x),
+        fd.sample(taking, x, plan, cond=cond),
+    )
+
+
 def test_clips_thresholds_noise_and_out(net):
     x, xi = torch.randn(3, 8), torch.randn(4, 3, 8)
     limited = compiled(lambda x, plan: fd.sample(net, x, plan))

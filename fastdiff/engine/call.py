@@ -11,12 +11,14 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import conditioning
+from .._text import shown
 from ..plans import Plan
 
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], Any]
 Seeds = int | Sequence[int] | torch.Tensor
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_OFFSETS = 2**62  # an element's place in a sample is a 64-bit integer
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def check_extras(extras: Any) -> None:
             "sample: extras is a list or tuple of tensors, one an entry; got "
             f"{type(extras).__name__}. For one entry give extras=(tensor,)."
         )
+    for i, extra in enumerate(extras):
+        if isinstance(extra, complex) or (isinstance(extra, torch.Tensor) and extra.is_complex()):
+            raise TypeError(f"sample: extra registers are real; got a complex extras[{i}].")
 
 
 def check_call(call: Call, plan: Plan) -> None:
@@ -92,10 +97,11 @@ def check_call(call: Call, plan: Plan) -> None:
             f"{len(call.extras)}. Give them as extras=(...)."
         )
     offset = call.offset
-    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0 or offset % 4:
+    whole_number = isinstance(offset, int) and not isinstance(offset, bool)
+    if not whole_number or not 0 <= offset < _OFFSETS or offset % 4:
         raise ValueError(
             "sample: offset is the place of x's first element in its sample, a multiple of 4 from "
-            f"0 on (noise is made four elements at a time); got {offset!r}."
+            f"0 on and below 2**62 (noise is made four elements at a time); got {shown(offset)}."
         )
     whole = any(stage.threshold is not None or stage.measures for stage in plan.stages)
     if offset and whole:

@@ -44,6 +44,8 @@ class Leases:
                 while len(self._idle) > self._specs:
                     self._idle.popitem(last=False)
             run = idle.pop() if idle else None
+            while run is not None and not run.in_place():  # a network moved its memory
+                run = idle.pop() if idle else None
         if run is None:
             run = Run(spec)
         run.follow()

@@ -7,6 +7,7 @@ call of the compiled stage: no tensor is allocated, no coefficient is looked up,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,27 +43,34 @@ def run_stages(job: Job, run: Run, call: Call) -> None:
     if not alone or varies(call.cond):
         _observed(job, run, call, steps)
     else:
-        _plain(job, run, call, steps)
+        _plain(job, run, call)
 
 
-def _plain(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:
+def _plain(job: Job, run: Run, call: Call) -> None:
     """The loop where every stage evaluates and nobody looks on."""
-    arguments, keywords = arguments_of(call.cond)
-    network, stage, stride = job.network, run.stage, run.spec.stride
-    inputs, times = run.inputs, run.model_times
-    places = [given.data_ptr() for given in inputs]
+    network, stage, stride = _conditioned(job.network, call.cond), run.stage, run.spec.stride
+    places = [given.data_ptr() for given in run.inputs]
     versions = run.versions()
-    for i in steps:
-        given = inputs[i]
-        output = network(given, times[i], *arguments, **keywords)
-        if given.data_ptr() != places[i]:  # what the stage would write to may be freed
-            raise written(job, "network", i)
+    rows = range(0, len(places) * stride, stride)
+    # a run has room for the times of more stages than its plan has
+    for row, given, time, place in zip(rows, run.inputs, run.model_times, places, strict=False):
+        output = network(given, time)
+        if given.data_ptr() != place:  # what the stage would write to may be freed
+            raise written(job, "network", row // stride)
         try:
-            stage(i * stride, output, None)
+            stage(row, output, None)
         except BAD_OUTPUT as error:
-            raise bad_output(job, i, output, given, error) from None
+            raise bad_output(job, row // stride, output, given, error) from None
     if run.versions() != versions:
         raise written(job, "network", None)
+
+
+def _conditioned(network: Any, cond: Any) -> Any:
+    """The network with its conditioning, called as f(x, t): unpacking it at each call is slow."""
+    arguments, keywords = arguments_of(cond)
+    if keywords:
+        return functools.partial(network, **keywords)
+    return (lambda x, t: network(x, t, *arguments)) if arguments else network
 
 
 def _observed(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:

@@ -54,10 +54,11 @@ def _reduction(reduction: Any) -> tuple[Any, ...] | None:
 
 
 def normal(
-    seeds: torch.Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype
+    seeds: torch.Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype, offset: int = 0
 ) -> torch.Tensor:
     """Noise of the samples, as `noise.normal`."""
-    return noise.normal(tuple(shape), seeds, stream, dtype=dtype, device=seeds.device)
+    options: dict[str, Any] = {"dtype": dtype, "device": seeds.device, "offset": offset}
+    return noise.normal(tuple(shape), seeds, stream, **options)
 
 
 def _combine(weights: Sequence[Any], terms: Sequence[Any]) -> Any:
@@ -93,7 +94,7 @@ def sample(
     x = call.x
     cond = guidance.conditions(call.cond, x.shape[0])
     state = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    bank = [torch.as_tensor(r).to(state).expand(x.shape) for r in call.extras]
+    bank = [torch.as_tensor(r, **_place(r)).to(state).expand(x.shape) for r in call.extras]
     seeds: Any = None
     if call.xi is None and call.seed is not None:
         seeds = _seeds(call.seed, x.shape[0], x.device)
@@ -124,6 +125,11 @@ def sample(
     if x.requires_grad and not state.requires_grad:
         state = state + torch.nan_to_num(0.0 * x)  # nothing reads x: its gradient is 0
     return state.to(x.dtype)
+
+
+def _place(given: Any) -> dict[str, Any]:
+    """Numbers are on the CPU, whatever the default device."""
+    return {} if isinstance(given, torch.Tensor) else {"device": "cpu"}
 
 
 def _outputs(

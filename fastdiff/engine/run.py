@@ -162,6 +162,10 @@ class Run:
         self._first_row = 0
         self._points: list[bool] = []
         self._holds: tuple[Any, ...] = (None, None)  # plan and guidance whose numbers stand here
+        self._written = self.times._version  # by this run itself
+        handed = (self.registers.x, self.registers.e, m)
+        self._handed = [tensor for tensor in handed if tensor is not None]
+        self._places = [tensor.data_ptr() for tensor in self._handed]
         self._stream: Any = None
 
     # -- the table -------------------------------------------------------------------------------
@@ -186,11 +190,13 @@ class Run:
 
     def write_times(self, model_times: Sequence[float], at: int = 0) -> None:
         """Writes the network's times, from stage `at` on."""
-        values = torch.tensor(list(model_times), dtype=self.times.dtype)
+        # the CPU, whatever the default device
+        values = torch.tensor(list(model_times), dtype=self.times.dtype, device="cpu")
         if self.times.is_cuda:
             values = values.pin_memory()
         values = values.to(self.times.device, non_blocking=True)
         self.times[at : at + len(values)] = values[:, None]
+        self._written = self.times._version
 
     def load(self, plan: Plan, guidance: Guidance) -> None:
         """Makes this a run of a plan, which fits the spec.
@@ -198,8 +204,12 @@ class Run:
         The rows of the plan stand first. A row that writes the first input and nothing else stands
         after them. The rows after that one do nothing.
         """
-        if self._holds[0] is plan and self._holds[1] is guidance:
+        same = self._holds[0] is plan and self._holds[1] is guidance
+        untouched = self.times._version == self._written
+        if same and untouched:
             return
+        if not untouched:  # a network wrote to its times, or moved them
+            self.model_times = list(self.times)
         rows = guided_rows(guidance, plan, self.spec.batch)
         first = PackedRow(flags=WRITES_M, c_in_next=plan.stages[0].c_in)
         idle = self.spec.rows - len(rows) - self.spec.stride
@@ -245,7 +255,10 @@ class Run:
         entry = self.registers.bank[i]
         batch = min(x.shape[0], entry.shape[0])
         try:
-            entry[:batch].copy_(torch.as_tensor(given).expand(batch, *x.shape[1:]))
+            given = (
+                given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
+            )
+            entry[:batch].copy_(given.expand(batch, *x.shape[1:]))
         except (RuntimeError, TypeError):
             got = tuple(given.shape) if isinstance(given, torch.Tensor) else given
             raise ValueError(
@@ -296,6 +309,10 @@ class Run:
         r = self.registers
         held = (r.x, r.e, r.m, self.times)
         return tuple(tensor._version for tensor in held if tensor is not None)
+
+    def in_place(self) -> bool:
+        """Whether the registers that a network is handed still lie where they lay."""
+        return list(map(torch.Tensor.data_ptr, self._handed)) == self._places
 
     def live(self) -> list[torch.Tensor]:
         """The registers that a stage hands on to the next: x, e and the history."""

@@ -107,7 +107,9 @@ def guided_rows(guidance: Guidance, plan: Plan, batch: int) -> list[PackedRow]:
         if not guidance.per_sample:
             rows.append(_weighed(row, [float(w) for w in weights]))
             continue
-        each = torch.stack([torch.as_tensor(w, dtype=torch.float64) for w in weights], dim=-1)
+        each = torch.stack(
+            [torch.as_tensor(w, dtype=torch.float64, device="cpu") for w in weights], dim=-1
+        )
         padding = [*[0.0] * (guidance.branches - 1), 1.0]
         values = [*each.tolist(), *[padding] * (batch - len(each))]
         rows += [_weighed(row, own) for own in values]

@@ -55,9 +55,9 @@ class CFG(Guidance):
             if scale.ndim == 0:
                 object.__setattr__(self, "scale", float(scale))
             else:
-                object.__setattr__(self, "scale", scale.detach().cpu().double())
+                object.__setattr__(self, "scale", scale.detach().cpu().double().clone())
         elif isinstance(scale, list | tuple | np.ndarray):
-            object.__setattr__(self, "scale", tuple(_number(s) for s in scale))
+            object.__setattr__(self, "scale", _numbers(scale))
         elif isinstance(scale, int | float | np.number) and not isinstance(scale, bool):
             object.__setattr__(self, "scale", _number(scale))
         else:
@@ -124,6 +124,15 @@ class CFG(Guidance):
     def conditions_given(self) -> Any:
         """See `Guidance.conditions_given`."""
         return self.uncond
+
+
+def _numbers(scale: Any) -> tuple[float, ...]:
+    try:
+        return tuple(_number(s) for s in scale)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"CFG: a scale a stage is a sequence of numbers; got {shown(scale)}."
+        ) from None
 
 
 def _number(scale: Any) -> float:

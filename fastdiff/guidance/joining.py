@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from .._text import shown
 from ..conditioning import Path, PerStage, leaves_of, walk, where_of
 
 
@@ -26,10 +28,12 @@ def joined(conds: tuple[Any, ...], batch: int) -> Any:
     """
     *others, main = conds
     named = [_by_keys(other, main) for other in others]
+    places = [path for _, path, _ in leaves_of(main)]
+    for leaves in named:
+        _check_places(leaves, places)
 
     def visit(value: Any, path: Path, whole: bool) -> Any:
-        keys = tuple(key for _, key in path)
-        given = [_given(leaves, keys, value, where_of(path)) for leaves in named]
+        given = [_given(leaves, path, value) for leaves in named]
         if isinstance(value, PerStage):
             return _joined_stages(value, given, batch, (where_of(path), whole))
         if isinstance(value, torch.Tensor):
@@ -66,18 +70,50 @@ def _by_keys(other: Any, main: Any) -> dict[tuple[Any, ...], Any]:
     return leaves
 
 
-def _given(leaves: dict[tuple[Any, ...], Any], keys: tuple[Any, ...], own: Any, where: str) -> Any:
+def _check_places(leaves: dict[tuple[Any, ...], Any], places: list[Path]) -> None:
+    """Raises where a branch has something in a list or an object that the last one has not."""
+    own = {tuple(key for _, key in path) for path in places}
+    known = {keys[:n] for keys in own for n in range(len(keys) + 1)}
+    for keys, value in leaves.items():
+        if keys in known or (isinstance(value, Mapping) and not value):
+            continue
+        above = max((keys[:n] for n in range(len(keys)) if keys[:n] in known), key=len)
+        if above not in own:  # else what stands there is no container: see `_given`
+            where = "".join(f"[{key!r}]" for key in above)
+            raise TypeError(
+                f"CFG: uncond has the structure of cond; cond{where} has nothing at "
+                f"{keys[len(above)]!r}, and uncond has."
+            )
+
+
+def _given(leaves: dict[tuple[Any, ...], Any], path: Path, own: Any) -> Any:
     """What a branch has at a place of the last one."""
+    keys = tuple(key for _, key in path)
     if keys in leaves:
         return leaves[keys]
-    below = [k for k in leaves if len(k) > len(keys) and k[: len(keys)] == keys]
     above = [k for k in leaves if len(k) < len(keys) and keys[: len(k)] == k]
-    if below or any(not isinstance(leaves[k], Mapping) for k in above):
+    if (
+        _leads(leaves, keys)
+        or any(not isinstance(leaves[k], Mapping) for k in above)
+        or not _may_lack(leaves, path)
+    ):
         raise TypeError(
-            f"CFG: uncond has the structure of cond; {where} is {type(own).__name__} and uncond "
-            "has another structure there."
+            f"CFG: uncond has the structure of cond; {where_of(path)} is {type(own).__name__} and "
+            "uncond has another structure there."
         )
     return _SHARED
+
+
+def _may_lack(leaves: dict[tuple[Any, ...], Any], path: Path) -> bool:
+    """Whether what a branch lacks on the way to a place is the key of a mapping."""
+    keys = tuple(key for _, key in path)
+    lacking = next(n for n in range(len(keys)) if not _leads(leaves, keys[: n + 1]))
+    return issubclass(path[lacking][0], Mapping)
+
+
+def _leads(leaves: dict[tuple[Any, ...], Any], keys: tuple[Any, ...]) -> bool:
+    """Whether a branch has something at a place or below it."""
+    return any(k[: len(keys)] == keys for k in leaves)
 
 
 def _joined_stages(
@@ -97,9 +133,10 @@ def _joined_stages(
         else:
             each.append([other] * stages)
     if whole:
-        if all(other is _SHARED or other is staged for other in given):
-            return staged
-        raise _whole_differs(where)
+        if any(other is not _SHARED and other is not staged for other in given):
+            raise _whole_differs(where)
+        _check_shared(staged.values[0], given, batch, where)
+        return staged
     values = [
         _joined_tensor(value, list(others), batch, place)
         for value, *others in zip(staged.values, *each, strict=True)
@@ -119,6 +156,12 @@ def _joined_tensor(
 def _shared_whole(value: torch.Tensor, given: list[Any], batch: int, where: str) -> torch.Tensor:
     if any(other is not _SHARED and other is not value for other in given):
         raise _whole_differs(where)
+    _check_shared(value, given, batch, where)
+    return value
+
+
+def _check_shared(value: torch.Tensor, given: list[Any], batch: int, where: str) -> None:
+    """Raises where what is handed whole looks like one entry a sample, and is not named."""
     if value.ndim and value.shape[0] == batch and any(other is _SHARED for other in given):
         raise ValueError(
             "CFG: a tensor inside a list, a tuple or a dataclass is handed whole to all branches; "
@@ -126,7 +169,6 @@ def _shared_whole(value: torch.Tensor, given: list[Any], batch: int, where: str)
             f"({batch}). Put it into a dict, with its unconditional value in uncond; or name the "
             "same tensor there in uncond to share it."
         )
-    return value
 
 
 def _whole_differs(where: str) -> TypeError:
@@ -164,8 +206,7 @@ def _check_range(other: Any, value: torch.Tensor, where: str) -> None:
     """Raises where an unconditional value cannot be held in cond's dtype."""
     kind = value.dtype
     if isinstance(other, torch.Tensor):
-        signed = other.dtype.is_signed and not kind.is_signed and kind != torch.bool
-        if signed or not torch.can_cast(other.dtype, kind):
+        if not torch.can_cast(other.dtype, kind) or not _holds(kind, other.dtype):
             raise ValueError(
                 f"CFG: uncond holds numbers of cond's kind; {where} is {kind} and uncond has "
                 f"{other.dtype} there. Convert one of them."
@@ -174,11 +215,20 @@ def _check_range(other: Any, value: torch.Tensor, where: str) -> None:
     legal = True
     if not (kind.is_floating_point or kind.is_complex):
         info = (0, 1) if kind == torch.bool else (torch.iinfo(kind).min, torch.iinfo(kind).max)
-        legal = float(other).is_integer() and info[0] <= other <= info[1]
-    elif kind.is_floating_point:
-        legal = other != other or abs(other) <= torch.finfo(kind).max
+        legal = info[0] <= other <= info[1] and float(other).is_integer()
+    elif isinstance(other, int) or math.isfinite(other):
+        legal = abs(other) <= torch.finfo(kind).max
     if not legal:
-        raise ValueError(f"CFG: {where} holds {kind}; got the unconditional value {other}.")
+        raise ValueError(f"CFG: {where} holds {kind}; got the unconditional value {shown(other)}.")
+
+
+def _holds(kind: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype of integers holds all of another; those of floats round, and hold theirs."""
+    kinds = (kind, other)
+    if any(k.is_floating_point or k.is_complex or k == torch.bool for k in kinds):
+        return True
+    own, its = torch.iinfo(kind), torch.iinfo(other)
+    return own.min <= its.min and its.max <= own.max
 
 
 def _check_same(value: Any, other: Any, where: str) -> None:
