@@ -99,11 +99,14 @@ class CFG(Guidance):
         """See `Guidance.check`."""
         stages = len(plan.stages)
         if isinstance(self.scale, torch.Tensor) and len(self.scale) != batch:
-            raise ValueError(f"CFG: a scale a sample needs {batch} values; got {len(self.scale)}.")
+            raise ValueError(
+                f"CFG: a tensor of scales, one a sample, needs {batch} values; got "
+                f"{len(self.scale)}."
+            )
         if isinstance(self.scale, tuple) and len(self.scale) != stages:
             raise ValueError(
-                f"CFG: a scale a stage needs {stages} values (plan.stages); got "
-                f"{len(self.scale)}. One a sample is a tensor."
+                f"CFG: a sequence of scales, one a stage, needs {stages} values (plan.stages); got "
+                f"{len(self.scale)}. For one a sample give a tensor."
             )
 
     def conditions(self, cond: Any, batch: int) -> Any:
