@@ -86,7 +86,7 @@ class AdjointDEIS:
             plan is refused.
 
     Source: Blasingame & Liu, "AdjointDEIS", arXiv:2405.15020: equations (2.14), (2.15) and
-    Algorithm 1 for `published`; the rest is derived in docs/gradients.md.
+    Algorithm 1 for `published`; the rest is derived in docs/adjoint.md.
     """
 
     order: int = 2
