@@ -89,17 +89,18 @@ def compared(scheduler, plan, backend, *, eta=0.0, clipped=False):
     return found
 
 
-DDIM_CASES = [
-    (eta, prediction, steps, spacing)
+DDIM_CASES = [  # Triton's interpreter is slow
+    (eta, prediction, steps, spacing, backend)
     for eta in (0.0, 1.0)
     for prediction in ("epsilon", "v")
     for steps in (10, 50)
     for spacing in ("leading", "trailing")
+    for backend in BACKENDS
+    if backend != "triton" or (steps == 10 and spacing == "trailing")
 ]
 
 
-@EACH
-@pytest.mark.parametrize(("eta", "prediction", "steps", "spacing"), DDIM_CASES)
+@pytest.mark.parametrize(("eta", "prediction", "steps", "spacing", "backend"), DDIM_CASES)
 def test_diffusers_clipped_ddim_is_a_table(eta, prediction, steps, spacing, backend):
     theirs = diffusers_ddim(
         clip_sample=True,
@@ -145,8 +146,8 @@ def test_epsilon_from_the_clipped_x0_is_ddim_as_it_stands(backend):
 
 @EACH
 def test_the_gradient_of_clipped_ddim_is_exact(backend):
-    for plan in (CLIPPED, THRESHOLDED):
-        check_gradient(plan, backend)
+    for limit in ({"clip": (-1.0, 1.0), "eta": 1.0}, {"threshold": (0.8, 0.5, 1.5)}):
+        check_gradient(clipped_ddim(VP, grid_of(2), **limit), backend)
 
 
 # -- a mask from the bank --------------------------------------------------------------------------
