@@ -100,14 +100,18 @@ FASTDIFF_HD bool grows(const StageArgs& a, int64_t c, const double* v) {
            v[c] != -1 && v[c - branch::scalar_k + branch::k] != 0;
 }
 
+// Whether any column does: asked at every launch, so without a branch a column.
 FASTDIFF_HD bool grows(const StageArgs& a, const double* v) {
-    constexpr int kOwn[] = {head::u, head::v, head::b_raw, head::g_raw, head::d_new,
-                            head::n_products, head::scalar_b, head::scalar_g, head::scalar_c,
-                            head::scalar_ce};
-    bool any = false;
-    for (int c : kOwn) any = any || grows(a, c, v);
-    for (int g = 0; g < a.branches; ++g) {
-        any = any || grows(a, a.branch_offset() + branch::kColumns * g + branch::scalar_k, v);
+    bool any = (v[head::b_raw] != 0) | (v[head::g_raw] != 0) | (v[head::d_new] != 0) |
+               (v[head::n_products] != 0);
+    any |= (v[head::scalar_b] != -1) & (v[head::b_0] != 0);
+    any |= (v[head::scalar_g] != -1) & (v[head::g_0] != 0);
+    any |= (v[head::scalar_c] != -1) & (v[head::c] != 0);
+    any |= (v[head::scalar_ce] != -1) & (v[head::c_e] != 0);
+    if ((v[head::u] != 0) | (v[head::v] != 1)) any |= evaluates_row(v);
+    const double* columns = v + a.branch_offset();
+    for (int g = 0; g < a.branches; ++g, columns += branch::kColumns) {
+        any |= (columns[branch::scalar_k] != -1) & (columns[branch::k] != 0);
     }
     return any;
 }

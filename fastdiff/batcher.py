@@ -292,7 +292,7 @@ class Batcher:
                 "memory. Let it work on a copy (x = x.clone())."
             )
         try:
-            run.row(0, output)
+            run.row(0, output, measured=run.spec.scalars > 0)
         except BAD_OUTPUT as error:
             problem = output_problem(output, given)
             if problem is None:

@@ -247,7 +247,8 @@ class Sampler:
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Samples on a leased run. A run that was written to from outside is not given back."""
         recorded = capturing(call.x.device)
-        run = self._leases.lend(job.spec(call.x, call.offset), recorded)
+        spec = job.spec(call.x, call.offset, call.one_bank)
+        run = self._leases.lend(spec, recorded)
         try:
             run.load(job.plan, job.guidance)
             run.fill(call, job.plan)

@@ -77,7 +77,8 @@ FASTDIFF_INLINE int64_t plain(const Row<T>& row, const Span<T, S>& at, int64_t l
         return lo;
     }
     const int32_t reads = kReadsX | kReadsH | (row.draws == 1 ? kReadsXi : 0);
-    if (row.flags != (kEvaluate | kWritesX) || row.x_reads != reads || row.branches != 1 ||
+    // `writes_m` says whether there is an m to write, which the flag does not
+    if ((row.flags & ~kWritesM) != (kEvaluate | kWritesX) || row.x_reads != reads || row.branches != 1 ||
         row.draws > 1 || row.extras != 0 || row.writes_m || row.push_x >= 0) {
         return lo;
     }

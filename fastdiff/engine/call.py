@@ -54,6 +54,17 @@ class Call:
         return self.x.shape[0]
 
     @property
+    def one_bank(self) -> bool:
+        """Whether every entry of the bank is the same for all samples."""
+
+        def shared(extra: Any) -> bool:
+            if not isinstance(extra, torch.Tensor):
+                return isinstance(extra, int | float)
+            return extra.ndim < self.x.ndim or extra.shape[:1] == (1,)
+
+        return bool(self.extras) and all(map(shared, self.extras))
+
+    @property
     def watched(self) -> bool:
         """Whether the caller looks into the run, so that its stages cannot be one launch."""
         return self.check or self.progress or self.callback is not None or self.xi is not None

@@ -67,15 +67,22 @@ class Job:
             found = self._kinds[key] = (state, network, x.device, serving.name)
         return found
 
-    def spec(self, x: torch.Tensor, offset: int = 0) -> Spec:
-        """The spec of a run from x."""
-        key = (x.shape, x.dtype, x.device, self.input_dtype(x), offset)
+    def spec(self, x: torch.Tensor, offset: int = 0, one_bank: bool = False) -> Spec:
+        """The spec of a run from x.
+
+        Args:
+            x: The state.
+            offset: See `Spec.offset`.
+            one_bank: Whether the bank holds one sample, which all read.
+        """
+        key = (x.shape, x.dtype, x.device, self.input_dtype(x), offset, one_bank)
         found = self._specs.get(key)
         if found is None:
             spec = spec_of(self.plan, self.guidance, x.shape, self.kind(x))
             if len(self._specs) >= _SPECS:
                 self._specs.clear()
-            found = self._specs[key] = replace(spec, offset=offset)
+            in_bank = 1 if one_bank else spec.bank_batch
+            found = self._specs[key] = replace(spec, offset=offset, bank_batch=in_bank)
         return found
 
 

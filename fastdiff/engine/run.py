@@ -279,8 +279,10 @@ class Run:
             self._bound.measure(i * self.spec.stride, out, xi)
         self.stage(i * self.spec.stride, out, xi)
 
-    def row(self, row: int, out: torch.Tensor | None) -> None:
-        """Runs one row of the table."""
+    def row(self, row: int, out: torch.Tensor | None, measured: bool = False) -> None:
+        """Runs one row of the table, after its measures where it may have some."""
+        if measured:
+            self._bound.measure(row, out, None)
         self.stage(row, out, None)
 
     def now(self) -> torch.Tensor:
