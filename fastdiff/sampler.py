@@ -26,7 +26,7 @@ from .engine.call import (
 )
 from .engine.job import Job, job_of
 from .engine.leases import Leases
-from .engine.loops import Written, run_stages
+from .engine.loops import run_stages
 from .gradients import (
     AdjointDEIS,
     Discrete,
@@ -242,22 +242,13 @@ class Sampler:
             return self._eager(job, call, out)
 
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
-        """Samples on a leased run; a run that was written to from outside is given up."""
-        recorded = capturing(call.x.device)
-        run = self._leases.lend(job.spec(call.x, call.offset), recorded)
-        try:
+        """Samples on a leased run."""
+        with self._leases.borrowed(job.spec(call.x, call.offset), capturing(call.x.device)) as run:
             run.load(job.plan, job.guidance)
             run.fill(call, job.plan)
             run.begin()
             run_stages(job, run, call)
-            out.copy_(run.registers.x)
-        except Written:
-            raise
-        except BaseException:
-            self._leases.give_back(run, recorded)
-            raise
-        self._leases.give_back(run, recorded)
-        return out
+            return out.copy_(run.registers.x)
 
     def _differentiable(self, job: Job, call: Call, out: torch.Tensor | None) -> torch.Tensor:
         """A run that autograd can differentiate."""
