@@ -31,3 +31,15 @@ def test_a_network_that_writes_the_time_and_then_raises_spoils_no_later_call(bac
         sampler(states())
     broken = False
     assert torch.equal(sampler(states()), fd.sample(network, states(), PLAN, backend=backend))
+
+
+def test_a_scale_a_sample_is_the_guidances_own():
+    scale, cond = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), {"y": torch.ones(3)}
+    guidance = fd.CFG(scale, uncond={"y": 0.0})
+    sampler = fd.Sampler(lambda x, t, y: x * y[:, None], PLAN, guidance=guidance)
+    expected = sampler(states(), cond)
+    scale.mul_(3.0)
+    assert torch.equal(guidance.scale, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    fresh = fd.sample(sampler.network, states(), PLAN, cond=cond, guidance=guidance)
+    assert torch.equal(fresh, expected)
+    assert torch.equal(sampler(states(), cond), expected)
