@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -266,10 +267,10 @@ class Sampler:
                     f'"backprop"; got graph={self._graph.mode!r} and gradient={gradient!r}. '
                     "Use graph=None."
                 )
-            self._captured.mode(x.device, watched=False)
+            mode = self._captured.mode(x.device, watched=False)
             check_capturable(job.kind(x)[3])
-            captures = self._captured.on(x.device)
-        if call.xi is not None and any(z.requires_grad for z in call.xi):
+            captures = None if mode is None else self._captured.on(x.device)
+        if requiring_grad(call.xi, "xi"):
             raise ValueError(
                 "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
                 "Detach it."
@@ -284,7 +285,7 @@ class Sampler:
         if gradient == "backprop":
             return reference.sample(
                 *(job.network, reference.constants(job.plan), job.guidance, call),
-                *(job.input_dtype(x), reference.normal),
+                *(job.input_dtype(x), functools.partial(reference.normal, offset=call.offset)),
             )
         assert isinstance(gradient, Discrete | AdjointDEIS)
         if call.xi is not None:

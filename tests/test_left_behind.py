@@ -43,3 +43,89 @@ def test_a_scale_a_sample_is_the_guidances_own():
     fresh = fd.sample(sampler.network, states(), PLAN, cond=cond, guidance=guidance)
     assert torch.equal(fresh, expected)
     assert torch.equal(sampler(states(), cond), expected)
+
+
+def energy(which, differentiate):
+    """A network that differentiates by x or t, by `differentiate(energy, of)`."""
+
+    def network(x, t):
+        with torch.enable_grad():
+            of = (x if which == "x" else t).requires_grad_()
+            gradient = differentiate(torch.sin(of).sum(), of)
+        return gradient.detach().clone() if which == "x" else x.detach() * gradient[:, None]
+
+    return network
+
+
+def by_backward(value, of):
+    value.backward()
+    return of.grad
+
+
+def by_grad(value, of):
+    return torch.autograd.grad(value, of)[0]
+
+
+@EACH
+@pytest.mark.parametrize("which", ["x", "t"])
+def test_a_gradient_that_would_be_added_to_is_refused(which, backend):
+    def truth(x, t):
+        return torch.cos(x) if which == "x" else x * torch.cos(t)[:, None]
+
+    expected = fd.sample(truth, states(), PLAN, backend=backend)
+    sampler = fd.Sampler(energy(which, by_backward), PLAN, backend=backend)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"left a gradient in its input.*autograd\.grad"):
+            sampler(states())
+    own = fd.Sampler(sampler.network, PLAN, backend=backend, fresh_inputs=True)
+    legal = fd.Sampler(energy(which, by_grad), PLAN, backend=backend)
+    for each in (own, legal, own, legal):
+        assert torch.equal(each(states()), expected)
+
+
+@pytest.mark.parametrize("gradient", ["discrete", "backprop"])
+def test_a_gradient_left_in_the_time_is_not_added_to(gradient):
+    weight = torch.ones(8, requires_grad=True)
+    legal = energy("t", by_grad)
+    options = {"gradient": gradient, "params": [weight]}
+    expected = fd.sample(lambda x, t: weight * legal(x, t), states(), PLAN, **options)
+    left = energy("t", by_backward)
+    sampler = fd.Sampler(lambda x, t: weight * left(x, t), PLAN, **options)
+    if gradient == "discrete":
+        with pytest.raises(ValueError, match="left a gradient in its input"):
+            sampler(states())
+        return
+    assert torch.allclose(sampler(states()), expected, rtol=1e-6)
+
+
+def test_backprop_gives_a_network_that_writes_memory_of_its_own():
+    x, weight = states(), torch.ones(8, requires_grad=True)
+
+    def writes(x, t):
+        return x.mul_(0.5) * weight
+
+    options = {"gradient": "backprop", "params": [weight]}
+    got = fd.sample(writes, x, PLAN, **options)
+    assert torch.equal(x, states())
+    assert torch.equal(got, fd.sample(lambda x, t: x * 0.5 * weight, x, PLAN, **options))
+
+
+@pytest.mark.parametrize("xi", [torch.zeros(4, 1), torch.zeros(9, 3, 8), 3, [None] * 4])
+def test_noise_given_to_backprop_is_checked_as_everywhere(xi):
+    plan, x = fd.plan(VP, "ddpm", 4), states().requires_grad_()
+    said = []
+    for gradient in (None, "backprop"):
+        sampler = fd.Sampler(lambda x, t: x, plan, gradient=gradient)
+        with pytest.raises((TypeError, ValueError), match="sample: xi ") as refusal:
+            sampler(x.detach() if gradient is None else x, xi=xi)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+
+
+def test_backprop_of_a_part_draws_the_noise_of_the_part():
+    plan, x = fd.plan(VP, "ddpm", 4), states().requires_grad_()
+    got = fd.sample(lambda x, t: 0.5 * x, x, plan, seed=3, offset=8, gradient="backprop")
+    part = fd.sample(lambda x, t: 0.5 * x, states(), plan, seed=3, offset=8)
+    whole = fd.sample(lambda x, t: 0.5 * x, states(), plan, seed=3)
+    assert torch.allclose(got, part, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(whole, part, rtol=1e-1)

@@ -224,7 +224,7 @@ class Run:
         registers, batch = self.registers, call.batch
         check_given(call, plan)
         if call.xi is not None:
-            check_xi(call.xi, plan, registers.x)
+            check_xi(call.xi, len(plan.stages), registers.x)
         elif plan.stochastic and registers.seeds is not None:
             registers.seeds[:batch].copy_(self._seeds(call), non_blocking=True)
         for i, given in enumerate(call.extras):
