@@ -542,6 +542,20 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
 
 
 @needs_core
+def test_a_replay_waits_for_another_of_the_same_pool(recorder):
+    sampler = fd.Sampler(network, plan_of(), graph="loop")
+    large, small = torch.randn(3, 5), torch.randn(2, 5)
+    sampler(large)
+    sampler(small)
+    recorder.here = "stream 1"
+    sampler(large)  # of the run of its own and of the small one's on stream 0
+    assert recorder.followed == 1
+    recorder.here = "stream 0"
+    sampler(small)  # its own run was on stream 0; the other's on stream 1
+    assert recorder.followed == 2
+
+
+@needs_core
 def test_two_threads_with_a_sampler_each_share_a_network(recorder):
     net = Net(dropout=0.5).eval()
     plans = [plan_of("deis-3"), plan_of("dpmpp-2m")]

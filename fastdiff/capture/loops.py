@@ -158,6 +158,7 @@ class LoopCaptures:
     def _replay(
         self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
     ) -> torch.Tensor | None:
+        captures.follow()
         entry = captures.get(key)
         if entry is not None and not _holds(entry.run.run.spec, work.spec):
             work = replace(work, spec=_both(entry.run.run.spec, work.spec))
@@ -168,7 +169,6 @@ class LoopCaptures:
             if entry is None:
                 return None
         else:
-            entry.run.run.follow()
             work.whole(entry.run, functools.partial(captures.launch, entry))
         return out.copy_(entry.run.run.registers.x[: work.call.batch])
 
