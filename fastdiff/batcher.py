@@ -91,6 +91,8 @@ class Batcher:
             self._own = [leaf.detach().clone() for leaf, _ in leaves]
         self._rows = [rows for _, rows in leaves]
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
+        self._measures = any(stage.measures for plan in plans for stage in plan.stages)
+        self._torn = False  # whether a step was broken off, so that places may be half moved
         self._captures = self._captures_on(like)
 
     def _captures_on(self, like: torch.Tensor) -> Captures | None:
@@ -233,11 +235,18 @@ class Batcher:
             The samples that are done, by their places, which are free again.
 
         Raises:
-            RuntimeError: There is no sample, or the network cannot be captured.
+            RuntimeError: There is no sample, the network cannot be captured, or a step before was
+                broken off after it had changed something.
         """
+        if self._torn:
+            raise RuntimeError(
+                "Batcher: a step was broken off half way (the network wrote to its input, or was "
+                "interrupted), and its samples are lost; got another step. Make a new Batcher."
+            )
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
         self._run.follow()
+        self._torn = True
         with torch.no_grad():
             if self._captures is None:
                 self._advance(self._cond_of())
@@ -246,6 +255,7 @@ class Batcher:
             done = [place for place, left in enumerate(self._left) if left == 1]
             samples = {place: self._run.registers.x[place].clone() for place in done}
         self._left = [max(left - 1, 0) for left in self._left]
+        self._torn = False
         return samples
 
     def stats(self) -> Stats:
@@ -267,18 +277,25 @@ class Batcher:
         given, told = run.registers.m, self._t.view(-1)
         assert given is not None
         before = watch(given)
-        output = self._job.network(given, told, *arguments, **keywords)
-        if watch(given) != before:
+        try:
+            output = self._job.network(given, told, *arguments, **keywords)
+        except BaseException:
+            self._torn = watch(given) != before
+            raise
+        if watch(given) != before or given.grad is not None:
             raise ValueError(
-                "Batcher: the network wrote to its input in place, which is the batcher's own "
-                "memory. Let it work on a copy (x = x.clone())."
+                "Batcher: the network wrote to its input in place, or left a gradient in it, which "
+                "is the batcher's own memory. Let it work on a copy (x = x.clone())."
             )
         try:
+            if self._measures:
+                run.measure(0, output)
             run.row(0, output)
         except BAD_OUTPUT as error:
             problem = output_problem(output, given)
             if problem is None:
                 raise
+            self._torn = False  # a stage that refuses an output has written nothing
             raise type(error)(f"Batcher: {problem}") from None
         torch.index_select(self._following, 0, index, out=self._next)
         index.copy_(self._next)
@@ -311,6 +328,7 @@ class Batcher:
                 done = captures.add(key, entry)
         except BaseException:
             restore()  # no sample has moved
+            self._torn = False
             raise
 
 

@@ -266,8 +266,12 @@ class Run:
             self._bound.measure(i * self.spec.stride, out, xi)
         self.stage(i * self.spec.stride, out, xi)
 
+    def measure(self, row: int, out: torch.Tensor | None) -> None:
+        """Makes the measures of one row of the table, before it is run."""
+        self._bound.measure(row, out, None)
+
     def row(self, row: int, out: torch.Tensor | None) -> None:
-        """Runs one row of the table."""
+        """Runs one row of the table, without its measures."""
         self.stage(row, out, None)
 
     def now(self) -> torch.Tensor:
