@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call leaves behind: nothing that the next call, or the rest of this one, could see."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.core import FAST
@@ -129,3 +131,19 @@ def test_backprop_of_a_part_draws_the_noise_of_the_part():
     whole = fd.sample(lambda x, t: 0.5 * x, states(), plan, seed=3)
     assert torch.allclose(got, part, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(whole, part, rtol=1e-1)
+
+
+def test_a_segment_that_is_run_again_has_the_numbers_of_its_samples():
+    stages = [fd.Stage(t=t, b=(0.5,)) for t in (1.0, 0.75, 0.5, 0.25)]
+    measure = fd.Measure(into=0, num=fd.Reduction("norm", ("xi",)))
+    stages[0] = replace(stages[0], noise=((1, 1.0),), measures=(measure,))
+    stages[2] = replace(stages[2], noise=((2, 1.0),), c=0.3, scalars=(("c", 0),))
+    plan, gradients = fd.Plan(tuple(stages), (1.0, 0.0)), []
+    for gradient in ("backprop", fd.Discrete(), fd.Discrete(checkpoint=2)):
+        sampler = fd.Sampler(lambda x, t: 0.5 * torch.sin(x), plan, gradient=gradient)
+        x = states().requires_grad_()
+        out = sampler(x, seed=1)
+        sampler(3.0 * x, seed=7)  # leaves other numbers in the run that is used again
+        gradients += torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-5)
+    assert torch.allclose(gradients[2], gradients[0], rtol=1e-5)

@@ -302,8 +302,9 @@ class Run:
         return tuple(tensor._version for tensor in held if tensor is not None)
 
     def live(self) -> list[torch.Tensor]:
-        """The registers that a stage hands on to the next: x, e and the history."""
-        held = (self.registers.x, self.registers.e, self.registers.history)
+        """What a stage hands on to the next: x, e, the history, and numbers of each sample."""
+        r = self.registers
+        held = (r.x, r.e, r.history, r.scalars)
         return [tensor for tensor in held if tensor is not None]
 
     def restore(self, values: Sequence[torch.Tensor], i: int, plan: Plan) -> None:

@@ -58,7 +58,7 @@ class Table:
             device=x.device,
             state=x.dtype,
             network=x.dtype,
-            backend=backends.choose(backend, x.dtype, x.dtype, x.device).name,
+            backend=backends.choose(backend, x.dtype, x.dtype, x.device, self.layout).name,
             layout=self.layout,
             rows=len(self.rows),
             slots=self.slots,
