@@ -542,6 +542,19 @@ def test_a_run_on_another_stream_waits_for_the_one_before(recorder):
 
 
 @needs_core
+@MODES
+def test_a_replay_packs_no_row(mode, recorder, monkeypatch):
+    sampler, x = fd.Sampler(network, plan_of(), graph=mode), torch.randn(3, 5)
+    expected = sampler(x)
+
+    def packed(*arguments):
+        raise AssertionError("a row was packed")
+
+    monkeypatch.setattr(fd.Plan, "rows", packed)
+    assert torch.equal(sampler(x), expected)
+
+
+@needs_core
 def test_a_replay_waits_for_another_of_the_same_pool(recorder):
     sampler = fd.Sampler(network, plan_of(), graph="loop")
     large, small = torch.randn(3, 5), torch.randn(2, 5)

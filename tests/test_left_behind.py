@@ -8,6 +8,7 @@ import torch
 from support.core import FAST
 
 import fastdiff as fd
+from fastdiff.guidance import Guidance
 
 VP = fd.schedules.VPLinear()
 PLAN = fd.plan(VP, "deis-2", 4)
@@ -147,3 +148,34 @@ def test_a_segment_that_is_run_again_has_the_numbers_of_its_samples():
         gradients += torch.autograd.grad(out.sum(), x)
     assert torch.allclose(gradients[1], gradients[0], rtol=1e-5)
     assert torch.allclose(gradients[2], gradients[0], rtol=1e-5)
+
+
+class Many(Guidance):
+    """The mean of more branches than a compiled backend holds."""
+
+    branches, per_sample = 17, False
+
+    def weights(self, stage):
+        return (1 / 17,) * 17
+
+    def combined_weights(self, stage, like):
+        return self.weights(stage)
+
+    def check(self, plan, batch):
+        """Fits everything."""
+
+    def conditions(self, cond, batch):
+        return cond
+
+    def conditions_given(self):
+        return None
+
+
+def test_a_backward_run_that_no_compiled_backend_holds_runs_on_torch():
+    gradients = []
+    for gradient in ("backprop", "discrete"):
+        x = states().requires_grad_()
+        options = {"guidance": Many(), "gradient": gradient}
+        out = fd.sample(lambda x, t: torch.sin(x), x, PLAN, **options)
+        gradients += torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)

@@ -67,12 +67,13 @@ class Job:
             found = self._kinds[key] = (state, network, x.device, serving.name)
         return found
 
-    def spec(self, x: torch.Tensor, offset: int = 0) -> Spec:
-        """The spec of a run from x."""
-        key = (x.shape, x.dtype, x.device, self.input_dtype(x), offset)
+    def spec(self, x: torch.Tensor, offset: int = 0, batch: int | None = None) -> Spec:
+        """The spec of a run from x; of `batch` samples like those of x where it is given."""
+        shape = x.shape if batch is None else torch.Size((batch, *x.shape[1:]))
+        key = (shape, x.dtype, x.device, self.input_dtype(x), offset)
         found = self._specs.get(key)
         if found is None:
-            spec = spec_of(self.plan, self.guidance, x.shape, self.kind(x))
+            spec = spec_of(self.plan, self.guidance, shape, self.kind(x))
             if len(self._specs) >= _SPECS:
                 self._specs.clear()
             found = self._specs[key] = replace(spec, offset=offset)
