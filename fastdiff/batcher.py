@@ -90,6 +90,7 @@ class Batcher:
             self._held = [leaf.detach().clone() for leaf, _ in leaves]
         self._per_sample = [per_sample for _, per_sample in leaves]
         self._left = [0] * shape[0]  # stages that each place still has to run; 0: empty
+        self._torn = False  # whether a step was broken off, so that places may be half moved
         self._captures = self._captures_on(like)
 
     def _captures_on(self, like: torch.Tensor) -> Captures | None:
@@ -235,11 +236,18 @@ class Batcher:
             The samples that are done, by their places, which are free again.
 
         Raises:
-            RuntimeError: There is no sample, or the network cannot be captured.
+            RuntimeError: There is no sample, the network cannot be captured, or a step before was
+                broken off after it had changed something.
         """
+        if self._torn:
+            raise RuntimeError(
+                "Batcher: a step was broken off half way (the network wrote to its input, or was "
+                "interrupted), and its samples are lost; got another step. Make a new Batcher."
+            )
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
         self._run.follow()
+        self._torn = True
         with torch.no_grad():
             if self._captures is None:
                 self._move()
@@ -248,6 +256,7 @@ class Batcher:
             done = [place for place, left in enumerate(self._left) if left == 1]
             samples = {place: self._run.registers.x[place].clone() for place in done}
         self._left = [max(left - 1, 0) for left in self._left]
+        self._torn = False
         return samples
 
     def stats(self) -> Stats:
@@ -273,6 +282,10 @@ class Batcher:
             assert self._run.index is not None
             self._run.index.zero_()
             self._left = [0] * len(self._left)
+            self._torn = False
+            given = self._run.registers.m
+            assert given is not None
+            given.grad = None
             raise Written(f"{error} The samples are given up: add them again.") from None
 
     def _advance(self, cond: Any) -> None:
@@ -285,11 +298,15 @@ class Batcher:
         given, time = run.registers.m, self._t.view(-1)
         assert given is not None
         before = watch(given)
-        output = self._job.network(given, time, *arguments, **keywords)
-        if watch(given) != before:
+        try:
+            output = self._job.network(given, time, *arguments, **keywords)
+        except BaseException:
+            self._torn = watch(given) != before
+            raise
+        if watch(given) != before or given.grad is not None:
             raise Written(
-                "Batcher: the network wrote to its input in place, which is the batcher's own "
-                "memory. Let it work on a copy (x = x.clone())."
+                "Batcher: the network wrote to its input in place, or left a gradient in it, which "
+                "is the batcher's own memory. Let it work on a copy (x = x.clone())."
             )
         try:
             run.row(0, output, measured=run.spec.scalars > 0)
@@ -297,6 +314,7 @@ class Batcher:
             problem = output_problem(output, given)
             if problem is None:
                 raise
+            self._torn = False  # a stage that refuses an output has written nothing
             raise type(error)(f"Batcher: {problem}") from None
         torch.index_select(self._following, 0, index, out=self._next)
         index.copy_(self._next)
@@ -331,6 +349,7 @@ class Batcher:
                 done = captures.add(key, entry)
         except BaseException:
             restore()  # no sample has moved
+            self._torn = False
             raise
 
 

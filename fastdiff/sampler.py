@@ -27,7 +27,7 @@ from .engine.call import (
 )
 from .engine.job import Job, job_of
 from .engine.leases import Leases
-from .engine.loops import Written, run_stages
+from .engine.loops import run_stages
 from .gradients import (
     AdjointDEIS,
     Discrete,
@@ -245,23 +245,14 @@ class Sampler:
             return self._eager(job, call, out)
 
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
-        """Samples on a leased run. A run that was written to from outside is not given back."""
-        recorded = capturing(call.x.device)
+        """Samples on a leased run."""
         spec = job.spec(call.x, call.offset, call.one_bank)
-        run = self._leases.lend(spec, recorded)
-        try:
+        with self._leases.borrowed(spec, capturing(call.x.device)) as run:
             run.load(job.plan, job.guidance)
             run.fill(call, job.plan)
             run.begin()
             run_stages(job, run, call)
-            out.copy_(run.registers.x)
-        except Written:
-            raise
-        except BaseException:
-            self._leases.give_back(run, recorded)
-            raise
-        self._leases.give_back(run, recorded)
-        return out
+            return out.copy_(run.registers.x)
 
     def _differentiable(self, job: Job, call: Call, out: torch.Tensor | None) -> torch.Tensor:
         """A run that autograd can differentiate."""
@@ -279,10 +270,10 @@ class Sampler:
                     f'"backprop"; got graph={self._graph.mode!r} and gradient={gradient!r}. '
                     "Use graph=None."
                 )
-            self._captured.mode(x.device, watched=False)
+            mode = self._captured.mode(x.device, watched=False)
             check_capturable(job.kind(x)[3])
-            captures = self._captured.on(x.device)
-        if call.xi is not None and any(z.requires_grad for z in call.xi):
+            captures = None if mode is None else self._captured.on(x.device)
+        if requiring_grad(call.xi, "xi"):
             raise ValueError(
                 "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
                 "Detach it."
@@ -297,8 +288,7 @@ class Sampler:
         if gradient == "backprop":
             return reference.sample(
                 *(job.network, reference.constants(job.plan), job.guidance, call),
-                job.input_dtype(x),
-                functools.partial(reference.normal, offset=call.offset),
+                *(job.input_dtype(x), functools.partial(reference.normal, offset=call.offset)),
             )
         assert isinstance(gradient, Discrete | AdjointDEIS)
         if call.xi is not None:

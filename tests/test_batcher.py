@@ -259,3 +259,64 @@ def test_gpu_one_captured_stage_serves_every_mixture(backend):
     for request, got in zip(requests, serve(batcher, requests), strict=True):
         torch.testing.assert_close(got, alone(request, backend=backend), rtol=1e-6, atol=1e-6)
     assert batcher.stats().captures == 1
+
+
+MEASURED = fd.Plan(
+    (
+        fd.Stage(
+            t=1.0,
+            b=(0.5,),
+            scalars=(("b_0", 0),),
+            measures=(fd.Measure(into=0, num=fd.Reduction("norm", ("x",))),),
+        ),
+        fd.Stage(t=0.5, b=(0.5,), scalars=(("b_0", 0),)),
+    ),
+    (1.0, 0.0),
+    prediction="v",
+)
+
+
+@EACH
+def test_measures_are_made_for_each_place(backend):
+    x = torch.randn(3, 8)
+    batcher = fd.Batcher(torch_tanh, [plan_of("ddim", 3), MEASURED], (2, 8), backend=backend)
+    done = {batcher.add(x[0]): None, batcher.add(x[1], 1): None}
+    while None in done.values():
+        done.update(batcher.step())
+    for i, plan in enumerate((plan_of("ddim", 3), MEASURED)):
+        alone = fd.sample(torch_tanh, x[i : i + 1], plan, backend=backend, graph=None)
+        assert torch.allclose(done[i], alone[0], rtol=1e-6, atol=1e-6)
+
+
+def torch_tanh(x, t):
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize("spoil", [True, False])
+@pytest.mark.parametrize("error", [None, KeyError("broken"), KeyboardInterrupt()])
+def test_a_step_that_was_broken_off_half_way_is_not_gone_on_with(error, spoil):
+    calls = []
+
+    def network(x, t):
+        calls.append(1)
+        if len(calls) == 1:
+            if spoil:
+                x.mul_(3.0)
+            if error is not None:
+                raise error
+        return torch.tanh(x)
+
+    x, plan = torch.randn(8), plan_of("ddim", 3)
+    batcher = fd.Batcher(network, [plan], (2, 8))
+    place = batcher.add(x)
+    if spoil or error is not None:
+        with pytest.raises(ValueError if error is None else type(error)):
+            batcher.step()
+    if spoil:
+        with pytest.raises(RuntimeError, match="broken off half way"):
+            batcher.step()
+        return
+    done = {}
+    while place not in done:
+        done = batcher.step()
+    assert torch.allclose(done[place], fd.sample(torch_tanh, x[None], plan)[0], atol=1e-6)

@@ -303,3 +303,30 @@ def test_two_threads_with_a_sampler_each_share_a_network(recorder):
     for thread in threads:
         thread.join()
     assert (wrong, errors) == ([], [])
+
+
+@needs_core
+@MODES
+def test_a_replay_packs_no_row(mode, recorder, monkeypatch):
+    sampler, x = fd.Sampler(network, plan_of(), graph=mode), torch.randn(3, 5)
+    expected = sampler(x)
+
+    def packed(*arguments):
+        raise AssertionError("a row was packed")
+
+    monkeypatch.setattr(fd.Plan, "rows", packed)
+    assert torch.equal(sampler(x), expected)
+
+
+@needs_core
+def test_a_replay_waits_for_another_of_the_same_pool(recorder):
+    sampler = fd.Sampler(network, plan_of(), graph="loop")
+    large, small = torch.randn(3, 5), torch.randn(2, 5)
+    sampler(large)
+    sampler(small)
+    recorder.here = "stream 1"
+    sampler(large)  # of the run of its own and of the small one's on stream 0
+    assert recorder.followed == 1
+    recorder.here = "stream 0"
+    sampler(small)  # its own run was on stream 0; the other's on stream 1
+    assert recorder.followed == 2

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..engine.streams import ordered
 from .cuda import Capturer, one_capture
 from .options import Graph, Stats
 from .refusals import CaptureTooLarge, compare, refusal
@@ -63,6 +64,14 @@ class Captures:
         self._pool: Any = None
         self._pool_bytes = 0
         self._captures = self._replays = self._evictions = 0
+        self._stream: Any = None
+
+    def follow(self) -> None:
+        """Makes the current stream wait for the call before, whichever entry served it.
+
+        Graphs share the memory of one pool, so that no two of them may run at once.
+        """
+        self._stream = ordered(self._device, self._stream)
 
     def stats(self) -> Stats:
         return Stats(

@@ -18,7 +18,7 @@ from ..conditioning import arguments_of, flatten, rebuild, varies
 from ..engine.call import Call
 from ..engine.job import Job
 from ..engine.loops import BAD_OUTPUT, bad_output, run_stages
-from ..engine.run import Run, Spec, spec_of
+from ..engine.run import Run, Spec
 from ..plans import Layout
 from .cache import Captures, Entry
 from .cuda import CAPTURERS, capturing
@@ -128,8 +128,7 @@ class LoopCaptures:
                 'Use graph="loop" or None.'
             )
         size = call.batch if varies(call.cond) else self._graph.bucket(call.batch)
-        shape = torch.Size((size, *call.x.shape[1:]))
-        spec = replace(spec_of(job.plan, job.guidance, shape, kind), offset=call.offset)
+        spec = job.spec(call.x, call.offset, batch=size)
         captures = self.on(call.x.device)
         kinds: Any = job.plan.structure
         kept = spec
@@ -158,6 +157,7 @@ class LoopCaptures:
     def _replay(
         self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
     ) -> torch.Tensor | None:
+        captures.follow()
         entry = captures.get(key)
         if entry is not None and not _holds(entry.run.run.spec, work.spec):
             work = replace(work, spec=_both(entry.run.run.spec, work.spec))
@@ -168,7 +168,6 @@ class LoopCaptures:
             if entry is None:
                 return None
         else:
-            entry.run.run.follow()
             work.run_through(entry.run, functools.partial(captures.launch, entry))
         return out.copy_(entry.run.run.registers.x[: work.call.batch])
 

@@ -194,12 +194,12 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
+def check_xi(xi: Any, stages: int, x: torch.Tensor) -> None:
     """Raises unless noise is given as one tensor like the state for each stage."""
     if not isinstance(xi, torch.Tensor | list | tuple):
         raise TypeError(f"sample: xi is a tensor, or a list of one a stage; got {xi!r}.")
-    if len(xi) != len(plan.stages):
-        raise ValueError(f"sample: xi has one entry a stage, {len(plan.stages)}; got {len(xi)}.")
+    if len(xi) != stages:
+        raise ValueError(f"sample: xi has one entry a stage, {stages}; got {len(xi)}.")
     for i, z in enumerate(xi):
         if not isinstance(z, torch.Tensor):
             raise TypeError(f"sample: xi holds tensors; got {type(z).__name__} as xi[{i}].")

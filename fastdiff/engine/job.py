@@ -67,18 +67,26 @@ class Job:
             found = self._kinds[key] = (state, network, x.device, serving.name)
         return found
 
-    def spec(self, x: torch.Tensor, offset: int = 0, one_bank: bool = False) -> Spec:
+    def spec(
+        self,
+        x: torch.Tensor,
+        offset: int = 0,
+        one_bank: bool = False,
+        batch: int | None = None,
+    ) -> Spec:
         """The spec of a run from x.
 
         Args:
             x: The state.
             offset: See `Spec.offset`.
             one_bank: Whether the bank holds one sample, which all read.
+            batch: Samples of the run, where they are not as many as those of x.
         """
-        key = (x.shape, x.dtype, x.device, self.input_dtype(x), offset, one_bank)
+        shape = x.shape if batch is None else torch.Size((batch, *x.shape[1:]))
+        key = (shape, x.dtype, x.device, self.input_dtype(x), offset, one_bank)
         found = self._specs.get(key)
         if found is None:
-            spec = spec_of(self.plan, self.guidance, x.shape, self.kind(x))
+            spec = spec_of(self.plan, self.guidance, shape, self.kind(x))
             if len(self._specs) >= _SPECS:
                 self._specs.clear()
             in_bank = 1 if one_bank else spec.bank_batch

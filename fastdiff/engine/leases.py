@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from .run import Run, Spec
 
@@ -58,6 +59,17 @@ class Leases:
             idle = held.get(run.spec)
             if idle is not None and (recorded or len(idle) < _IDLE):
                 idle.append(run)
+
+    @contextlib.contextmanager
+    def borrowed(self, spec: Spec, recorded: bool = False) -> Iterator[Run]:
+        """A run for as long as the `with` lasts.
+
+        A run in which something was raised is given up: a network may have written to its times, or
+        moved its memory, before it raised.
+        """
+        run = self.lend(spec, recorded)
+        yield run
+        self.give_back(run, recorded)
 
     def clear(self) -> None:
         """Gives up the idle runs, except those that belong to somebody's graph."""

@@ -63,6 +63,9 @@ def _plain(job: Job, run: Run, call: Call) -> None:
             raise bad_output(job, row // stride, output, given, error) from None
     if run.versions() != versions:
         raise written(job, "network", None)
+    handed = (*dict.fromkeys(run.inputs), *run.model_times)
+    if any(tensor.grad is not None for tensor in handed):
+        raise left_gradient()
 
 
 def _conditioned(network: Any, cond: Any) -> Any:
@@ -107,7 +110,19 @@ def evaluate(job: Job, run: Run, i: int, arguments: Any, keywords: Any) -> Any:
     output = job.network(given, time, *arguments, **keywords)
     if (watch(given), watch(time)) != before:
         raise written(job, "network", i)
+    if given.grad is not None or time.grad is not None:
+        raise left_gradient()
     return output
+
+
+def left_gradient() -> Written:
+    """The error for a network that called backward() on its own input."""
+    return Written(
+        "sample: the network left a gradient in its input, which is the sampler's own memory: the "
+        "next stage would add to it. Use torch.autograd.grad(...), or let it work on a copy "
+        "(x = x.detach().requires_grad_()); a network is given memory of its own with "
+        "Sampler(..., fresh_inputs=True)."
+    )
 
 
 def watch(tensor: torch.Tensor) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from ..backends.torch import threshold
 from ..conditioning import at_stage
 from ..guidance import Guidance
 from ..plans import Plan
-from .call import Call
+from .call import Call, check_xi
 
 # What `constants` holds of each stage, in this order.
 _FIELDS = (
@@ -57,8 +57,8 @@ def normal(
     seeds: torch.Tensor, stream: int, shape: Sequence[int], dtype: torch.dtype, offset: int = 0
 ) -> torch.Tensor:
     """Noise of the samples, as `noise.normal`."""
-    options: dict[str, Any] = {"dtype": dtype, "device": seeds.device, "offset": offset}
-    return noise.normal(tuple(shape), seeds, stream, **options)
+    like: dict[str, Any] = {"dtype": dtype, "device": seeds.device}
+    return noise.normal(tuple(shape), seeds, stream, offset=offset, **like)
 
 
 def _combine(weights: Sequence[Any], terms: Sequence[Any]) -> Any:
@@ -102,6 +102,8 @@ def sample(
     history: list[Any] = []
     columns: dict[int, Any] = {}  # of S
     reach, rows = plan
+    if call.xi is not None:
+        check_xi(call.xi, len(rows), state)
     for i, values in enumerate(rows):
         stage: Stage = dict(zip(_FIELDS, values, strict=True))
         drawn: Any = 0.0
@@ -143,7 +145,7 @@ def _outputs(
 ) -> tuple[torch.Tensor, ...]:
     """The outputs of the branches at stage i, in the state's dtype."""
     copies, c_in = guidance.branches, stage["c_in"]
-    given = (point if c_in == 1.0 else c_in * point).to(dtype)
+    given = (c_in * point).to(dtype)  # memory of its own: a network may write to it
     if copies > 1:
         given = torch.cat([given] * copies)
     kind = torch.float64 if dtype == torch.float64 else torch.float32

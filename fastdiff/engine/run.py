@@ -234,7 +234,7 @@ class Run:
         registers, batch = self.registers, call.batch
         check_given(call, plan)
         if call.xi is not None:
-            check_xi(call.xi, plan, registers.x)
+            check_xi(call.xi, len(plan.stages), registers.x)
         elif plan.stochastic and registers.seeds is not None:
             registers.seeds[:batch].copy_(self._seeds(call), non_blocking=True)
         for i, given in enumerate(call.extras):
@@ -317,8 +317,9 @@ class Run:
         return list(map(torch.Tensor.data_ptr, self._handed)) == self._places
 
     def live(self) -> list[torch.Tensor]:
-        """The registers that a stage hands on to the next: x, e and the history."""
-        held = (self.registers.x, self.registers.e, self.registers.history)
+        """What a stage hands on to the next: x, e, the history, and numbers of each sample."""
+        r = self.registers
+        held = (r.x, r.e, r.history, r.scalars)
         return [tensor for tensor in held if tensor is not None]
 
     def restore(self, values: Sequence[torch.Tensor], i: int, plan: Plan) -> None:

@@ -133,6 +133,7 @@ def captured_run(
     of_job = (job.plan.handle, id(job.guidance), job.spec(x, call.offset), job.fresh_inputs)
     of_call = (x.dtype, needs, tuple(map(id, params)), described)
     with captures.lock:
+        captures.follow()
         key = (gradient, *of_job, *of_call, captures.environment())
         entry = captures.get(key)
         while entry is None:
@@ -141,7 +142,6 @@ def captured_run(
             if not captures.add(key, entry):
                 entry = None
         captured = entry.run
-        captured.run.follow()
         captured.fill(plain)
         return _Function.apply(captured, captures, entry, x, *named)
 
@@ -187,7 +187,7 @@ class _Function(torch.autograd.Function):
                     "backward() after the sampler was called again. Call backward() first, or use "
                     "graph=None."
                 )
-            captured.run.follow()
+            ctx.captures.follow()
             captured.cotangent.copy_(cotangent)
             ctx.captures.launch(ctx.entry, "backward")
             found = [

@@ -20,7 +20,6 @@ import torch
 from .. import backends
 from ..capture import capturing
 from ..engine.leases import Leases
-from ..engine.loops import Written
 from ..engine.run import Run, Spec, features_of
 from ..plans import AT_E, WRITES_E, WRITES_M, Layout, PackedRow
 
@@ -59,7 +58,7 @@ class Table:
             device=x.device,
             state=x.dtype,
             network=x.dtype,
-            backend=backends.choose(backend, x.dtype, x.dtype, x.device).name,
+            backend=backends.choose(backend, x.dtype, x.dtype, x.device, self.layout).name,
             layout=self.layout,
             rows=len(self.rows),
             slots=self.slots,
@@ -150,12 +149,12 @@ class Pools:
 
     def run(self, spec: Spec) -> AbstractContextManager[Run]:
         """See `Lender.run`."""
-        return _borrowed(self.forward, spec)
+        return self.forward.borrowed(spec, capturing(spec.device))
 
     @contextlib.contextmanager
     def backward_run(self, table: Table, spec: Spec) -> Iterator[Run]:
         """See `Lender.backward_run`."""
-        with _borrowed(self.backward, spec) as run:
+        with self.backward.borrowed(spec, capturing(spec.device)) as run:
             self.holdings.put(table, run)
             yield run
 
@@ -164,21 +163,6 @@ class Pools:
         self.forward.clear()
         self.backward.clear()
         self.recent.clear()
-
-
-@contextlib.contextmanager
-def _borrowed(leases: Leases, spec: Spec) -> Iterator[Run]:
-    """A run for as long as the `with` lasts. One that was written to from outside is given up."""
-    recorded = capturing(spec.device)
-    run = leases.lend(spec, recorded)
-    try:
-        yield run
-    except Written:
-        raise
-    except BaseException:
-        leases.give_back(run, recorded)
-        raise
-    leases.give_back(run, recorded)
 
 
 class OwnRuns:

@@ -14,7 +14,7 @@ from .. import noise
 from ..conditioning import arguments_of, at_stage, tensors_in, varies
 from ..engine.call import Call
 from ..engine.job import Job, state_dtype
-from ..engine.loops import BAD_OUTPUT, Written, bad_output, watch, written
+from ..engine.loops import BAD_OUTPUT, Written, bad_output, left_gradient, watch, written
 from ..engine.run import Run
 from ..guidance.base import Weight
 from ..plans import Plan
@@ -222,6 +222,8 @@ def evaluated(
     out = job.network(given, time, *positional, **keywords)
     if (watch(given), watch(time)) != before:
         raise error()
+    if time.grad is not None:  # the backward pass is told in the same memory
+        raise left_gradient()
     return out
 
 

@@ -55,7 +55,8 @@ class CFG(Guidance):
             if scale.ndim == 0:
                 object.__setattr__(self, "scale", float(scale))
             else:
-                object.__setattr__(self, "scale", scale.detach().cpu().double().clone())
+                own = scale.detach().to("cpu", torch.float64, copy=True)
+                object.__setattr__(self, "scale", own)
         elif isinstance(scale, list | tuple | np.ndarray):
             object.__setattr__(self, "scale", _numbers(scale))
         elif isinstance(scale, int | float | np.number) and not isinstance(scale, bool):
