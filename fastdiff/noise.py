@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from . import _core
+from ._text import shown
 
 if TYPE_CHECKING:
     from .plans import Plan
@@ -61,14 +62,17 @@ def normal(
             stream is out of range.
         TypeError: dtype is not floating, or seeds or stream are no integers.
     """
-    if not isinstance(shape, Sequence):
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
         raise TypeError(f"noise.normal: shape is (B, ...); got {shape!r}.")
     sizes = tuple(operator.index(s) for s in shape)
     if not sizes or min(sizes) < 0:
         raise ValueError(f"noise.normal: shape is (B, ...) with sizes >= 0; got {tuple(shape)}.")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"noise.normal: dtype is floating; got {dtype}.")
-    stream = operator.index(stream)
+    try:
+        stream = operator.index(stream)
+    except TypeError:
+        raise TypeError(f"noise.normal: stream is an integer; got {shown(stream)}.") from None
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"noise.normal: stream lies in [0, 2**32); got {stream}.")
     offset = checked_offset("noise.normal", offset)
@@ -125,7 +129,15 @@ def prior(
     """The state at the plan's first time: `plan.prior_scale * normal(shape, seeds, stream=0)`.
 
     Arguments and errors are those of `normal`.
+
+    Raises:
+        TypeError: plan is no `Plan`.
     """
+    if not isinstance(getattr(plan, "prior_scale", None), int | float):
+        raise TypeError(
+            f"noise.prior: plan is a fastdiff.Plan; got {type(plan).__name__}. "
+            "Make one with fastdiff.plan(schedule, solver, steps)."
+        )
     z = normal(shape, seeds, 0, dtype=dtype, device=device, offset=offset)
     return z.mul_(plan.prior_scale)
 
@@ -155,6 +167,11 @@ def seeds_tensor(seeds: Seeds, batch: int) -> torch.Tensor:
                 "An integer s means s, s + 1, ..."
             )
         return seeds.cpu().contiguous()
+    if isinstance(seeds, Set | Mapping | bytes | str):
+        raise TypeError(
+            "seeds: seeds are an integer, or a sequence of one a sample in order; got "
+            f"{type(seeds).__name__}. Give a list."
+        )
     values: Iterable[Any]
     if isinstance(seeds, Iterable):
         values = list(seeds)

@@ -11,6 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import conditioning
+from .._text import shown
 from ..plans import Plan
 
 Callback = Callable[[int, float, torch.Tensor, torch.Tensor], Any]
@@ -82,6 +83,11 @@ def check_extras(extras: Any) -> None:
 
 def check_call(call: Call, plan: Plan) -> None:
     """Raises for what a plan cannot take, before anything is run."""
+    if call.callback is not None and not callable(call.callback):
+        raise TypeError(
+            "sample: callback is callable as callback(stage, t, x, x0); got "
+            f"{type(call.callback).__name__}."
+        )
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
     conditioning.check(call.cond, call.batch, len(plan.stages))
@@ -91,10 +97,11 @@ def check_call(call: Call, plan: Plan) -> None:
             f"{len(call.extras)}. Give them as extras=(...)."
         )
     offset = call.offset
-    if not isinstance(offset, int) or isinstance(offset, bool) or offset < 0 or offset % 4:
+    whole_number = isinstance(offset, int) and not isinstance(offset, bool)
+    if not whole_number or not 0 <= offset < 1 << 62 or offset % 4:
         raise ValueError(
             "sample: offset is the place of x's first element in its sample, a multiple of 4 from "
-            f"0 on (noise is made four elements at a time); got {offset!r}."
+            f"0 on (noise is made four elements at a time); got {shown(offset)}."
         )
     whole = any(stage.threshold is not None or stage.measures for stage in plan.stages)
     if offset and whole:
@@ -172,6 +179,8 @@ def check_xi(xi: Any, plan: Plan, x: torch.Tensor) -> None:
     """Raises unless noise is given as one tensor like the state for each stage."""
     if not isinstance(xi, torch.Tensor | list | tuple):
         raise TypeError(f"sample: xi is a tensor, or a list of one a stage; got {xi!r}.")
+    if isinstance(xi, torch.Tensor) and xi.ndim == 0:
+        raise ValueError(f"sample: xi has one entry a stage, {len(plan.stages)}; got a scalar.")
     if len(xi) != len(plan.stages):
         raise ValueError(f"sample: xi has one entry a stage, {len(plan.stages)}; got {len(xi)}.")
     for i, z in enumerate(xi):
