@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from . import _core
+from ._text import shown
 from .plans import Plan
 
 Seeds = int | Sequence[int] | torch.Tensor
@@ -59,14 +60,17 @@ def normal(
             stream is out of range.
         TypeError: dtype is not floating, or seeds or stream are no integers.
     """
-    if not isinstance(shape, Sequence):
+    if not isinstance(shape, Sequence) or isinstance(shape, str | bytes):
         raise TypeError(f"noise.normal: shape is (B, ...); got {shape!r}.")
     sizes = tuple(operator.index(s) for s in shape)
     if not sizes or min(sizes) < 0:
         raise ValueError(f"noise.normal: shape is (B, ...) with sizes >= 0; got {tuple(shape)}.")
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"noise.normal: dtype is floating; got {dtype}.")
-    stream = operator.index(stream)
+    try:
+        stream = operator.index(stream)
+    except TypeError:
+        raise TypeError(f"noise.normal: stream is an integer; got {shown(stream)}.") from None
     if not 0 <= stream < 1 << 32:
         raise ValueError(f"noise.normal: stream lies in [0, 2**32); got {stream}.")
     offset = checked_offset("noise.normal", offset)
@@ -161,12 +165,12 @@ def seeds_tensor(seeds: Seeds, batch: int) -> torch.Tensor:
                 "An integer s means s, s + 1, ..."
             )
         return seeds.cpu().contiguous()
-    values: Iterable[Any]
-    if isinstance(seeds, Set | Mapping):
+    if isinstance(seeds, Set | Mapping | bytes | str):
         raise TypeError(
-            f"seeds: seeds have an order, that of the samples; got a {type(seeds).__name__}. Give "
-            "a list, a tuple or a range."
+            "seeds: seeds are an integer, or a sequence of one a sample in order; got "
+            f"{type(seeds).__name__}. Give a list."
         )
+    values: Iterable[Any]
     if isinstance(seeds, Iterable):
         values = list(seeds)
         if len(values) != batch:

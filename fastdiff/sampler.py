@@ -48,7 +48,7 @@ class Sampler:
 
     Args:
         network: `network(x, t, **cond)`: x [B, ...], t [B] in the units of the schedule's
-            `model_time`; returns what `plan.prediction` says, in x's shape, in any floating dtype.
+            `model_time`; returns what `plan.prediction` says, in x's shape, of 16, 32 or 64 bits.
             (A `cond` that is not a dict is passed as a third argument.) It must not write to x or
             t, which are the sampler's own memory: a network that does is refused.
         plan: See `fastdiff.plan`.

@@ -36,7 +36,7 @@ def test_an_uncond_that_the_conditionings_dtype_cannot_hold_is_refused(dtype):
         )
 
 
-@pytest.mark.parametrize("seed", [{1, 2}, {1: 0, 2: 0}, frozenset({1, 2})])
+@pytest.mark.parametrize("seed", [{1, 2}, {1: 0, 2: 0}, frozenset({1, 2}), "12", b"12"])
 def test_seeds_without_an_order_are_refused(seed):
     with refused("seed"):
         fd.sample(network, torch.randn(2, 3), plan_of("ddpm"), seed=seed)
@@ -76,9 +76,13 @@ def test_an_output_of_another_layout_is_refused_with_its_stage(kind, backend):
         fd.sample(net, torch.randn(2, 3), plan_of(), backend=backend)
 
 
-def test_a_floor_that_a_float32_state_cannot_hold_is_refused():
-    with refused("floor|threshold"):
+@EACH
+def test_a_floor_that_the_state_cannot_hold_is_refused(backend):
+    with refused("floor"):
         fd.Stage(t=1.0, b=(1.0,), threshold=(0.9, 1e300))
+    stage = fd.Stage(t=1.0, b=(1.0,), threshold=(0.9, 1e38))  # float32 holds it
+    plan = fd.Plan((stage,), (1.0, 0.0), variable="x0")
+    assert fd.sample(network, torch.randn(2, 3), plan, backend=backend).isfinite().all()
 
 
 @pytest.mark.parametrize("extras", [5, None, torch.ones(2, 3)[0, 0], "ab"])
@@ -233,3 +237,71 @@ def test_the_command_line_refuses_in_one_line(options, tmp_path, monkeypatch):
     assert "integer range" not in done.output
     assert options[0].strip("-") in done.output or options[1] in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+# -- of what a stranger gets wrong first -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cond", "uncond"),
+    [
+        ([1], {"y": 1}),
+        ({"y": [1, 2]}, {"y": {"z": 5}}),
+        ({"y": [1, 2]}, {"y": [1, 2, 3]}),
+        ({"y": [torch.ones(5)]}, {"y": {"z": torch.ones(5)}}),
+    ],
+)
+def test_an_uncond_that_leads_to_nothing_in_cond_is_refused(cond, uncond):
+    with refused("uncond has the structure of cond"):
+        fd.sample(
+            *(network, torch.randn(2, 3), plan_of()),
+            cond=cond,
+            guidance=fd.CFG(2.0, uncond=uncond),
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"callback": 5}, "callback is callable"),
+        ({"xi": torch.tensor(1.0)}, "xi has one entry a stage"),
+        ({"offset": 4 * 10**400}, "offset is the place"),
+        ({"backend": ["cpu"]}, "unknown backend"),
+    ],
+)
+def test_what_a_call_cannot_use_is_refused_before_the_network(options, match):
+    def net(x, t):
+        raise AssertionError("the network was called")
+
+    with refused(match):
+        fd.sample(net, torch.randn(2, 3), plan_of(), **options)
+
+
+def test_a_dict_from_the_network_is_refused_with_the_key_to_take():
+    with refused(r"\['sample'\]"):
+        fd.sample(lambda x, t: {"sample": x}, torch.randn(2, 3), plan_of())
+
+
+@pytest.mark.parametrize("name", ["text", "source"])
+def test_a_plan_of_no_text_is_refused(name):
+    with refused(f"{name} is a string"):
+        fd.Plan.from_json(**{"text": plan_of().to_json(), "source": "a file", name: 5})
+
+
+@pytest.mark.parametrize("stream", [None, 1.5, "1"])
+def test_a_stream_that_is_no_integer_is_refused(stream):
+    with refused("stream is an integer"):
+        fd.noise.normal((2, 3), 0, stream)
+
+
+@pytest.mark.parametrize("grid", [5, [1.0, "a"], object()])
+def test_the_times_of_an_adjoint_are_numbers(grid):
+    with refused("grid: a name or a sequence of times"):
+        fd.AdjointDEIS(grid=grid)
+
+
+@pytest.mark.parametrize("name", ["x", "e"])
+def test_a_row_of_a_solver_is_a_row(name):
+    rows = fd.solvers.Rows(VP, "v", "x0")
+    with refused(f"Rows.add: {name} is a fastdiff.solvers.Row"):
+        rows.add(1.0, **{name: 1.0})

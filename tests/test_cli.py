@@ -200,7 +200,7 @@ def test_a_wrong_command_exits_2_and_says_what_is_allowed_in_one_line(arguments,
         ([*SAMPLE, "--grid", "karas"], "'karras'"),
         ([*SAMPLE, "--backend", "abacus"], "abacus"),
         ([*SAMPLE, "-o", "eta=2"], "eta"),
-        ([*SAMPLE, "--plan", "none.json"], "none.json"),
+        (["sample", "--plan", "none.json"], "none.json"),
         ([*COMPARE, "--out", "no/such/a.png"], "the folder no/such does not exist"),
         (["plan", "--solver", "deis-4", "--steps", "2"], "steps = 2"),
         (["plan", "--t-min", "5"], "t_min"),
@@ -358,3 +358,20 @@ def test_a_missing_package_is_named(module, command, monkeypatch):
     assert done.exit_code == 1
     assert f"this command needs {module}; it is not installed" in done.stderr
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "--load", "p.json", "--steps", "50"],
+        ["plan", "--load", "p.json", "--schedule", "edm", "--t-max", "1"],
+        ["sample", "--plan", "p.json", "--solver", "ddim", "-o", "eta=1"],
+    ],
+)
+def test_an_option_of_a_plan_beside_a_plan_of_a_file_is_refused(command):
+    fd.plan(fd.schedules.VPLinear(), "ddim", 3, prediction="v").save("p.json")
+    done = run(*command)
+    assert done.exit_code == 2
+    for name in command[3::2]:
+        assert name in done.output
+    assert "Leave them out" in done.output

@@ -40,7 +40,7 @@ def get(name: str) -> Backend:
     Raises:
         ValueError: There is none of that name.
     """
-    if name not in _BACKENDS:
+    if not isinstance(name, str) or name not in _BACKENDS:
         raise unknown("backends.get", "backend", name, _BACKENDS)
     return _BACKENDS[name]
 

@@ -12,7 +12,7 @@ import click
 import fastdiff as fd
 
 from .errors import say
-from .shared import JSON_FILE, loaded, output, plan_options
+from .shared import JSON_FILE, PLAN_OPTIONS, loaded, output, plan_options
 from .types import Real
 
 # The schedules by name, and what networks trained on each usually return.
@@ -31,7 +31,7 @@ _SCHEDULES: dict[str, tuple[Callable[[], fd.schedules.Schedule], str]] = {
 @click.option("--prediction", help="What the network returns. [default: what is usual on it]")
 @click.option("--t-max", type=Real(), help="The first time. [default: the schedule's own]")
 @click.option("--t-min", type=Real(), help="The last time. [default: the schedule's own]")
-@click.option("--load", help="Show a saved plan; the options above are not used.", **JSON_FILE)
+@click.option("--load", help="Show a saved plan, in place of the options above.", **JSON_FILE)
 @click.option("--out", help="Save the plan as well.", **JSON_FILE)
 def plan(
     *,
@@ -56,7 +56,10 @@ def plan(
       fastdiff plan --load ddim-20.json
     """
     if load is not None:
-        made = loaded("--load", load)
+        made = loaded(
+            *("--load", load),
+            unused=(*PLAN_OPTIONS, "kind", "prediction", "t_max", "t_min"),
+        )
     else:
         schedule, usual = _SCHEDULES[kind]
         asked: dict[str, Any] = {"t_max": t_max, "t_min": t_min, "prediction": prediction or usual}

@@ -16,6 +16,7 @@ from .errors import say
 from .shared import (
     COUNT,
     JSON_FILE,
+    PLAN_OPTIONS,
     SEED,
     loaded,
     one_thread,
@@ -101,7 +102,7 @@ def sample(
 
 def _plan_for(network: fd.models.DigitsDiT, path: Path) -> fd.Plan:
     """The plan in a file, which must be one for the network."""
-    plan = loaded("--plan", path)
+    plan = loaded("--plan", path, PLAN_OPTIONS)
     same_schedule = plan.schedule == network.schedule
     if not (same_schedule and plan.prediction == network.prediction):
         raise ValueError(

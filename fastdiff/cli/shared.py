@@ -28,6 +28,10 @@ progress_option = click.option(
 )
 
 
+# Parameters that `plan_options` adds.
+PLAN_OPTIONS = ("solver", "steps", "grid", "options")
+
+
 def plan_options(command: Command) -> Command:
     """The options that say which plan, for every command that makes one."""
     grids = f"Times of the steps: auto, {', '.join(fd.grids.names())}. karras(5) sets karras's rho."
@@ -48,8 +52,26 @@ def plan_options(command: Command) -> Command:
     return command
 
 
-def loaded(option: str, path: Path) -> fd.Plan:
-    """The plan in a file; `option` is what the file was given to."""
+def loaded(option: str, path: Path, unused: Sequence[str]) -> fd.Plan:
+    """The plan in a file.
+
+    Args:
+        option: What the file was given to.
+        path: The file.
+        unused: Parameters of the command that make a plan, which a loaded one has no use for.
+
+    Raises:
+        click.UsageError: One of them was given as well.
+    """
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    given = [n for n in unused if context.get_parameter_source(n) != default]
+    if given:
+        names = [p.opts[0] for p in context.command.params if p.name in given]
+        raise click.UsageError(
+            f"{option} takes the whole plan from a file; got {', '.join(names)} as well. "
+            "Leave them out."
+        )
     try:
         return fd.Plan.load(path)
     except OSError as error:

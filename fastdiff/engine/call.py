@@ -99,6 +99,11 @@ def check_extras(extras: Any) -> None:
 
 def check_call(call: Call, plan: Plan) -> None:
     """Raises where a plan cannot take a call, before anything is run."""
+    if call.callback is not None and not callable(call.callback):
+        raise TypeError(
+            "sample: callback is callable as callback(stage, t, x, x0); got "
+            f"{type(call.callback).__name__}."
+        )
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
     conditioning.check(call.cond, call.batch, len(plan.stages))
@@ -198,6 +203,8 @@ def check_xi(xi: Any, stages: int, x: torch.Tensor) -> None:
     """Raises unless noise is given as one tensor like the state for each stage."""
     if not isinstance(xi, torch.Tensor | list | tuple):
         raise TypeError(f"sample: xi is a tensor, or a list of one a stage; got {xi!r}.")
+    if isinstance(xi, torch.Tensor) and xi.ndim == 0:
+        raise ValueError(f"sample: xi has one entry a stage, {stages}; got a scalar.")
     if len(xi) != stages:
         raise ValueError(f"sample: xi has one entry a stage, {stages}; got {len(xi)}.")
     for i, z in enumerate(xi):

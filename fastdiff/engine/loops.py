@@ -8,7 +8,7 @@ call of the compiled stage: no tensor is allocated, no coefficient is looked up,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -204,6 +204,9 @@ def output_problem(output: Any, given: torch.Tensor) -> str | None:
         hint = ""
         if isinstance(output, tuple | list):
             hint = " Take the tensor out of it: network=lambda *a, **k: net(*a, **k)[0]."
+        elif isinstance(output, Mapping) and output:
+            key = next(iter(output))
+            hint = f" Take the tensor out of it: network=lambda *a, **k: net(*a, **k)[{key!r}]."
         elif hasattr(output, "sample"):
             hint = " Wrap it: network=lambda *a, **k: net(*a, **k).sample."
         return f"the network returns a tensor; got {type(output).__name__}.{hint}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..grids import as_times
 from ..schedules import Schedule
 
 THRESHOLDS = ("exact", "straight-through")
@@ -111,7 +112,7 @@ class AdjointDEIS:
         if self.published and self.order == 3:
             raise ValueError("AdjointDEIS: the published forms are of order 1 and 2; got order=3.")
         if self.grid is not None and not isinstance(self.grid, str):
-            object.__setattr__(self, "grid", tuple(float(t) for t in self.grid))
+            object.__setattr__(self, "grid", tuple(as_times(self.grid).tolist()))
         steps = self.steps
         if steps is not None and (
             not isinstance(steps, int) or isinstance(steps, bool) or steps < 1

@@ -78,6 +78,9 @@ def parse(text: str, source: str, names: tuple[str, ...]) -> dict[str, Any]:
         ValueError: The text is truncated, not a plan, of another version, or has a field that this
             version does not know.
     """
+    for name, value in (("text", text), ("source", source)):
+        if not isinstance(value, str):
+            raise TypeError(f"Plan.from_json: {name} is a string; got {type(value).__name__}.")
     if text.startswith("\ufeff"):
         raise refusal(source, "it begins with a byte-order mark. Save it as UTF-8 without one.")
     try:

@@ -337,6 +337,7 @@ class Plan:
         Raises:
             ValueError: The text is truncated, not a plan, of another version, or has a field that
                 this version does not know.
+            TypeError: text or source is no string.
         """
         fields = files.parse(text, source, _FIELDS)
         try:

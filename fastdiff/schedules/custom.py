@@ -26,6 +26,9 @@ from .base import (
 
 Scale = Callable[[Array], ArrayLike]
 
+# abs(lambda) of scales whose ratio is float64's rounding: one of them stands for 0.
+_INFINITE = -math.log(np.finfo(np.float64).eps)
+
 
 @dataclass(frozen=True, init=False, eq=False)
 class Custom(ScaledTime, FromScales):
@@ -41,7 +44,8 @@ class Custom(ScaledTime, FromScales):
             sqrt(-expm1(2 log alpha)), not sqrt(1 - alpha²).
         t_range: (smallest, largest) time. sigma > 0 and alpha > 0 inside it.
         grid_range: Default (t_min, t_max) of grids. None takes t_range, moved inside by a
-            thousandth where lambda is infinite.
+            thousandth where lambda is infinite. A scale below float64's rounding of the other, such
+            as cos(pi/2) = 6e-17, counts as 0 there.
         time_scale: The network is told t * time_scale.
         name: Name by which the schedule is saved and printed.
 
@@ -128,7 +132,7 @@ class Custom(ScaledTime, FromScales):
 
     def _inside(self, end: int) -> float:
         value = self.t_range[end]
-        if np.isfinite(self.lambda_t(value)):
+        if abs(float(self.lambda_t(value))) < _INFINITE:
             return value
         return value + (1e-3 if end == 0 else -1e-3) * (self.t_range[1] - self.t_range[0])
 

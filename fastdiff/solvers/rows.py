@@ -108,7 +108,14 @@ class Rows:
 
         Raises:
             ValueError: A row weighs an evaluation that has not been made.
+            TypeError: x or e is no `Row`.
         """
+        for name, row in (("x", x), ("e", e)):
+            if row is not None and not isinstance(row, Row):
+                raise TypeError(
+                    f"Rows.add: {name} is a fastdiff.solvers.Row of weights; got {row!r}. Give "
+                    f"{name}=Row(x=..., outputs={{evaluation: weight}})."
+                )
         k = self.current
         x, e = x or _UNMOVED, e or _NOTHING
         noisy = bool(x.noise or e.noise)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.solvers import redefined
 
-from fastdiff import schedules
+from fastdiff import grids, schedules
 from fastdiff.schedules import (
     EDM,
     PREDICTIONS,
@@ -223,3 +223,12 @@ def test_the_check_finds_what_is_defined_again():
             return t
 
     assert redefined(Other) == {"alpha"}
+
+
+@pytest.mark.parametrize("grid", ["auto", "logsnr", "karras"])
+def test_a_scale_that_rounding_leaves_is_zero_at_the_end_of_a_grid(grid):
+    schedule = SCHEDULES["custom"]
+    assert 0.0 < float(schedule.alpha(1.0)) < 1e-16
+    times = grids.build(schedule, 5, grid)
+    assert times[0] == 0.999
+    assert np.diff(times).max() < -1e-4  # none of the steps is spent on rounding
