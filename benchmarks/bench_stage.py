@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import click
 import torch
@@ -42,6 +41,7 @@ from rivals import diffusers
 from rivals.eager import compiled_update, eager_of
 
 from fastdiff import backends
+from fastdiff.backends import BoundStage
 
 
 def available(device: torch.device) -> list[str]:
@@ -78,11 +78,10 @@ def gate(case: Case, device: torch.device, shape: Shape = (3, 1040)) -> None:
     for name in dict.fromkeys(names):
         place = torch.device("cpu") if name == "cpu" else device
         registers = moved_to(made, place)
-        run, out = bind(name, case, registers), output.to(place)
+        bound, out = bind(name, case, registers), output.to(place)
         for row, stage in enumerate(case.rows.stages):
-            run(row, out if stage.evaluate else None, None)
-        if hasattr(run, "check"):
-            run.check()
+            bound.run(row, out if stage.evaluate else None, None)
+        bound.check()
         ends = [registers.x, *(() if registers.e is None else (registers.e,))]
         ends += [] if registers.history is None else list(registers.history)
         ends += [] if registers.m is None else list(registers.m.view(-1, *shape))
@@ -139,14 +138,14 @@ class Cell:
         self.in_cache = sets * self.moved < 2 * cache
         self.sets = [registers_of(case, shape, device) for _ in range(sets)]
         self.eager = [eager_of(case)(case, *each) for each in self.sets]
-        self.bound: list[Any] = []
+        self.bound: list[BoundStage] = []
 
     def ours(self, name: str) -> Calls:
         """A backend's stage on every set."""
         bound = [bind(name, self.case, registers) for registers, _ in self.sets]
         self.bound += bound
         pairs = zip(bound, self.sets, strict=True)
-        return [functools.partial(run, self.case.row, out, None) for run, (_, out) in pairs]
+        return [functools.partial(b.run, self.case.row, out, None) for b, (_, out) in pairs]
 
     def inductor(self) -> Calls:
         update, case = compiled_update(self.case), self.case
@@ -202,9 +201,8 @@ def measure(
     device, cell = setting.device, Cell(case, shape, setting.device)
     rivals = cell.rivals(compiled, lost)
     timings = take_turns(rivals, device, setting.rounds, setting.seconds)
-    for run in cell.bound:
-        if hasattr(run, "check"):
-            run.check()
+    for bound in cell.bound:
+        bound.check()
     copy = timings[COPY][0]
     large = 4 * cell.numel >= LARGE
     own = (8 * cell.numel / copy.best, 8 * cell.numel / copy.median)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks measure what they say: no time on a red gate, exact counts, records that read."""
 
+import ast
 import importlib
 import json
 import sys
@@ -45,6 +46,18 @@ def needs(package):
 def cells_of(table):
     """The cells of a Markdown table, without its head."""
     return [[c.strip() for c in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda p: p.stem)
+def test_benchmarks_import_public_modules_of_the_library(path):
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    own = [name for name in modules if name.split(".")[0] == "fastdiff"]
+    assert [name for name in own if any(part.startswith("_") for part in name.split("."))] == []
 
 
 # -- timing ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import importlib
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
     assert "6 gates stayed shut" in invoke("stage", "--device", "cpu", "--largest", 0.07, code=1)
 
 
+def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
+    stage = load("bench_stage")
+    real = fd.backends.get("cpu")
+
+    class Refusing:
+        def __init__(self, *arguments):
+            self.bound = real.bind(*arguments)
+            self.run = self.bound.run
+
+        def check(self):
+            raise ValueError("the device refused a row")
+
+    backend = types.SimpleNamespace(missing=lambda: None, bind=Refusing)
+    monkeypatch.setattr(stage, "available", lambda device: ["refusing"])
+    monkeypatch.setattr(fd.backends, "get", lambda name: backend if name == "refusing" else real)
+    with pytest.raises(ValueError, match="the device refused a row"):
+        stage.gate(rows.Case(), CPU)
+
+
 def test_a_wrong_loop_is_not_timed(monkeypatch):
     loop = load("bench_loop")
     parts = loops.parts_of(loops.Case("mlp", (2, 16), 10), CPU)
@@ -122,7 +142,7 @@ def test_the_rivals_of_a_stage_compute_what_it_computes():
             for register, start in zip(kept, starts, strict=True):
                 register.copy_(start)
 
-        rows.bind("torch", case, registers)(case.row, out, None)
+        rows.bind("torch", case, registers).run(case.row, out, None)
         moved = [t.clone() for t in kept]
         again()
         write = eager.eager_of(case)

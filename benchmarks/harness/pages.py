@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fastdiff._files import replacing
+from fastdiff.plans import files
 
 from .records import Record, latest, read, where
 
@@ -43,5 +43,4 @@ def results_page(
 
 def write_page(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode())
+    files.write(path, text)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastdiff._files import replacing
+from fastdiff.plans import files
 
 from .machine import commit, cores, processor, versions
 from .timing import Timing
@@ -76,9 +76,8 @@ def write(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Adds records to a file of JSON lines; a line with the same key is replaced."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        for item in merged(read(path), records):
-            file.write(json.dumps(item, allow_nan=False).encode() + b"\n")
+    lines = (json.dumps(item, allow_nan=False) + "\n" for item in merged(read(path), records))
+    files.write(path, "".join(lines))
 
 
 def read(path: str | os.PathLike[str]) -> list[Record]:

@@ -16,8 +16,8 @@ from harness.machine import GIB, KIB, MIB
 from harness.traffic import stage_bytes
 
 from fastdiff import backends
-from fastdiff.backends import Registers
-from fastdiff.plans import Layout, Plan, Stage, Transposed
+from fastdiff.backends import BoundStage, Registers
+from fastdiff.plans import EVALUATE, Layout, Plan, Stage, Transposed
 
 SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))
 TINY = ((65536, 16), (4096, 64))
@@ -44,8 +44,8 @@ class Backward:
     @property
     def stages(self) -> tuple[Any, ...]:
         """Whether each row evaluates; row 0 makes h_bar of the last stage and evaluates nothing."""
-        own = (stage.evaluate for stage in reversed(self.transposed.plan.stages))
-        return tuple(SimpleNamespace(evaluate=evaluate) for evaluate in (False, *own))
+        flags = (row.flags for row in self.transposed.rows)
+        return tuple(SimpleNamespace(evaluate=bool(f & EVALUATE)) for f in flags)
 
     def pack(self, weights: Sequence[float]) -> Any:
         return self.transposed.pack(len(weights))
@@ -178,12 +178,12 @@ def registers_of(case: Case, shape: Shape, device: torch.device) -> tuple[Regist
     return Registers(x=x, e=e, history=history, m=m, seeds=seeds), out
 
 
-def bind(name: str, case: Case, registers: Registers) -> Any:
-    """A backend's stage for a case, on these registers."""
+def bind(name: str, case: Case, registers: Registers) -> BoundStage:
+    """A backend bound to the rows of a case and to these registers."""
     rows = case.rows
     table = torch.from_numpy(rows.pack(case.weights))
     layout = replace(rows.layout, branches=case.branches)
-    return backends.get(name).bind(registers, table, layout).run
+    return backends.get(name).bind(registers, table, layout)
 
 
 def moved_to(registers: Registers, device: torch.device) -> Registers:

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from problems.loops import Loop, Parts
 
-import fastdiff as fd
+from fastdiff.capture import CAPTURERS, Captures, Entry, Graph
+from fastdiff.engine.call import Call
+from fastdiff.engine.job import job_of
+from fastdiff.engine.loops import run_stages
+from fastdiff.engine.run import Run
 
 
 def capture(body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -51,15 +55,30 @@ class Graphed:
         return self.out
 
 
+@torch.no_grad()
 def replay_alone(parts: Parts) -> Loop:
     """The captured loop without the call around it: x is copied in, and nothing else is done."""
-    sampler, start = fd.Sampler(parts.network, parts.plan, graph="loop"), parts.start
-    sampler(start, parts.cond or None)
-    (captures,) = sampler._captures.values()
-    (entry,) = captures._entries.values()
-    x, launch = entry.run.registers.x, entry.launches[None]
+    network, plan, start = parts.network, parts.plan, parts.start
+    device, cond = start.device, parts.cond or None
+    job = job_of(network, plan, None, None, None, False)
+    run = Run(job.spec(start))
+    run.load(plan, job.guidance)
+    x = run.registers.x
+    captures = Captures(Graph("loop"), CAPTURERS[device.type], device)
+    entry = Entry(run, bytes=0)
 
-    def loop(keep: fd.Sampler = sampler) -> torch.Tensor:
+    def body() -> None:
+        run.begin()
+        run_stages(job, run, Call(x, cond))
+
+    def run_through(step: Callable[[None], None]) -> None:
+        run.fill(Call(start, cond), plan)
+        step(None)
+
+    captures.capture({None: body}, run_through, lambda: x, entry, network)
+    launch = entry.launches[None]
+
+    def loop(keep: tuple[Captures, Entry] = (captures, entry)) -> torch.Tensor:
         x.copy_(start)  # from its own end it would grow without bound
         launch()
         return x
