@@ -19,6 +19,7 @@ WANTED := $(VENV)/torch-wanted
 TORCHED := $(VENV)/torch-installed
 TOOLED := $(VENV)/tools-installed
 BUILT := $(VENV)/fastdiff-built
+DEMO := $(VENV)/fastdiff-built-for-the-cpu
 BUILD_INPUTS := $(wildcard pyproject.toml setup.py MANIFEST.in csrc/* csrc/*/* fastdiff/__init__.py)
 
 .DEFAULT_GOAL := help
@@ -36,7 +37,8 @@ help:
 	@echo
 	@echo 'Each makes .venv first: PYTHON=$(PYTHON) TORCH=$(TORCH)'
 
-demo: $(BUILT)
+# The demo runs on the CPU: where nothing is built yet, it does not wait for the CUDA part.
+demo: $(DEMO)
 	@mkdir -p out
 	$(BIN)/fastdiff sample --out out/digits.png
 	$(BIN)/fastdiff compare --out out/error-against-nfe.png
@@ -59,7 +61,7 @@ gpu-check:
 	    --setting $(GPU_CHECK) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
-	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache $(BUILT)
+	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache $(BUILT) $(DEMO)
 	rm -f fastdiff/*.so
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
@@ -93,6 +95,10 @@ $(TOOLED): $(TORCHED) requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
+$(DEMO): $(TOOLED) $(BUILD_INPUTS)
+	$(if $(wildcard $(BUILT)),,FASTDIFF_CUDA=0) $(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
 $(BUILT): $(TOOLED) $(BUILD_INPUTS)
 	$(PIP) --no-build-isolation --no-deps -e .
-	@touch $@
+	@touch $@ $(DEMO)

@@ -92,6 +92,15 @@ def test_states_recorded_or_resolved_serve_a_grid_of_the_adjoints_own(fine, stat
         assert float(error.median()) < 0.02, options
 
 
+@pytest.mark.parametrize("states", ["recorded", "resolve"])
+def test_states_begin_at_the_sample_where_a_plan_has_inner_points(fine, states):
+    _, exact = fine
+    plan = fd.plan(VP, "dpmpp-3m", 40, grid="logsnr", warmup="runge-kutta", **ENDS)
+    (a_x, _, _) = flow_gradients(plan, fd.AdjointDEIS(3, states=states))
+    error = (a_x - exact[0]).norm(dim=1) / exact[0].norm(dim=1)
+    assert float(error.median()) < 0.02
+
+
 def test_on_its_own_rows_the_adjoint_is_the_discrete_gradient():
     for order, form, name in ((3, "epsilon", "deis-logrho-3"), (2, "epsilon", "deis-logrho-2")):
         plan = fd.plan(VP, name, 12, grid="logsnr", **ENDS)

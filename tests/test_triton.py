@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.core import needs_core as CORE
-from support.rows import DTYPES, random_output, random_registers, random_row, raw
-from support.triton import (
+from support.interpreted import (
     FUSES,
     HERE,
     INTERPRETED,
@@ -19,6 +18,7 @@ from support.triton import (
     poison_unread,
     same,
 )
+from support.rows import DTYPES, random_output, random_registers, random_row, raw
 
 import fastdiff as fd
 from fastdiff import backends, noise

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.core import needs_core as CORE
+from support.interpreted import FUSES, HERE, INTERPRETED, after, as_table, moved, same, thresholds
 from support.rows import DTYPES, random_output, random_registers, random_row
-from support.triton import FUSES, HERE, INTERPRETED, after, as_table, moved, same, thresholds
 
 from fastdiff import backends
 from fastdiff.backends import Registers

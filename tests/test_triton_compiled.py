@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.triton import (
+from support.interpreted import (
     VERSION,
 )
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from support.emulation import Sample
+from support.interpreted import FUSES, HERE, moved
 from support.rows import DTYPES, SLOTS, random_output, random_registers, raw
-from support.triton import FUSES, HERE, moved
 
 from fastdiff import backends
 from fastdiff.backends import Registers

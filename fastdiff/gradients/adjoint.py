@@ -30,7 +30,7 @@ def continuous(sweep: Sweep, gradient: AdjointDEIS, kept: Sequence[torch.Tensor]
     flow = Flow(trace, adjoint.schedule, adjoint.own)
     states: States
     if gradient.states == "resolve":
-        states = Resolved(flow, kept[-1], gradient.order)
+        states = Resolved(flow, kept[0], gradient.order)  # x; an e may stand after it
     else:
         states = Recorded(adjoint.schedule, keeping.States(plan).times, kept)
     if gradient.published:
