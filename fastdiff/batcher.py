@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +22,10 @@ from .conditioning import arguments_of, flatten, rebuild, varies
 from .engine.call import Seeds
 from .engine.job import Job
 from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
-from .engine.run import Run, Spec, features_of, spec_of
+from .engine.places import places_spec
+from .engine.run import Run, spec_of
 from .guidance import CFG, UNGUIDED, guided_rows
-from .plans import Layout, PackedRow, Plan
+from .plans import PackedRow, Plan
 
 Network = Any
 
@@ -374,24 +374,6 @@ def check_request(network: Any, plans: tuple[Any, ...], guidance: Any, dtype: to
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Batcher: dtype is torch.float32 or torch.float64; got {dtype}.")
-
-
-def places_spec(specs: Sequence[Spec], rows: Sequence[PackedRow]) -> Spec:
-    """A spec that holds every plan of these specs, with all their rows in one table."""
-    layout = functools.reduce(Layout.joined, (spec.layout for spec in specs))
-    return replace(
-        specs[0],
-        layout=layout,
-        rows=len(rows),
-        stages=len(rows),
-        slots=max(spec.slots for spec in specs),
-        scalars=max(spec.scalars for spec in specs),
-        has_e=any(spec.has_e for spec in specs),
-        has_m=True,
-        features=features_of(rows),
-        stride=1,
-        index="place",
-    )
 
 
 def described(cond: Any) -> Any:

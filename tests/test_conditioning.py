@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused_by_its_place(cond, says):
         *([torch.zeros(7)], Pair(1, torch.zeros(7)), Held("a", torch.zeros(7)), Plain(1)),
         *(UserDict(a=torch.zeros(3)), OrderedDict(a=torch.zeros(3)), {"a": {"b": []}}),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_holds_nothing_to_replace_is_passed_itself(value):
     seen = []

@@ -99,7 +99,7 @@ def memory_of(sampler, x, calls):
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, ValueError])
-def test_a_call_that_fails_gives_its_run_back(error):
+def test_a_run_in_which_a_call_failed_is_given_up(error):
     fail, x = [], torch.randn(2, 5)
 
     def net(x, t):
@@ -108,12 +108,11 @@ def test_a_call_that_fails_gives_its_run_back(error):
         return network(x, t)
 
     sampler = fd.Sampler(net, plan_of(), graph=None)
-    before = memory_of(sampler, x, 2)
+    assert len(memory_of(sampler, x, 2)) == 1
     fail.append(1)
     with pytest.raises(error, match="mine"):
         sampler(x)
     fail.clear()
-    assert memory_of(sampler, x, 2) == before
     assert torch.equal(sampler(x), fd.sample(network, x, plan_of()))
 
 

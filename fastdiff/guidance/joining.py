@@ -51,7 +51,6 @@ _SHARED = object()  # stands for what a branch leaves out
 def _by_keys(other: Any, main: Any) -> dict[tuple[Any, ...], Any]:
     """The leaves of a branch by the keys that lead to them; a leaf that `main` lacks is refused."""
     leaves = {tuple(key for _, key in path): value for value, path, _ in leaves_of(other)}
-    known = [tuple(key for _, key in path) for _, path, _ in leaves_of(main)]
     for keys, value in leaves.items():
         here, where = main, "cond"
         for key in keys:
@@ -67,11 +66,6 @@ def _by_keys(other: Any, main: Any) -> dict[tuple[Any, ...], Any]:
             raise TypeError(
                 f"CFG: uncond has the structure of cond; {where} is a dict and uncond has "
                 f"{type(value).__name__} there."
-            )
-        if not any(k[: len(keys)] == keys or keys[: len(k)] == k for k in known):
-            raise TypeError(
-                f"CFG: uncond has the structure of cond; {where} is {type(here).__name__} and "
-                f"uncond has {list(keys)!r}, which leads to nothing there."
             )
     return leaves
 
