@@ -145,7 +145,7 @@ class Run:
                 (spec.stages, branches * batch), dtype=kind, device=spec.device
             )
             self.time = torch.zeros((1, branches * batch), dtype=kind, device=spec.device)
-            self.table = torch.from_numpy(encode([PackedRow()] * spec.rows, spec.layout))
+            self.table = torch.from_numpy(encode([PackedRow()], spec.layout)).repeat(spec.rows, 1)
             self.index = None
             if spec.index != "none":
                 first = torch.arange(batch, device=spec.device)

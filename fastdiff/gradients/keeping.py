@@ -91,12 +91,14 @@ class States:
     """
 
     def __init__(self, plan: Plan) -> None:
-        recorded = {s.t for s in plan.stages if s.evaluate and s.t in plan.times}
+        accepted = set(plan.times)
+        recorded = {s.t for s in plan.stages if s.evaluate and s.t in accepted}
         self.times = sorted({*recorded, plan.times[-1]}, reverse=True)
+        self._wanted = set(self.times)
         self._found: dict[float, torch.Tensor] = {}
 
     def before(self, i: int, run: Run, stage: Stage) -> None:
-        if stage.evaluate and stage.t in self.times:
+        if stage.evaluate and stage.t in self._wanted:
             self._found[stage.t] = run.point(i).clone()
 
     def kept(self, run: Run) -> list[torch.Tensor]:

@@ -104,6 +104,9 @@ def guided_rows(guidance: Guidance, plan: Plan, batch: int) -> list[PackedRow]:
     rows = []
     for stage, row in enumerate(plan.rows((1.0,) * guidance.branches)):
         weights = guidance.weights(stage)
+        if all(isinstance(w, float) and w == 1.0 for w in weights):
+            rows.append(row)
+            continue
         if not guidance.per_sample:
             rows.append(_weighed(row, [float(w) for w in weights]))
             continue
@@ -126,13 +129,3 @@ def combine(weights: Sequence[Weight], outputs: Sequence[torch.Tensor]) -> torch
     for weight, output in zip(weights[1:], outputs[1:], strict=True):
         total = total + weight * output
     return total
-
-
-def weigh(guidance: Guidance, stage: int, cotangents: torch.Tensor) -> torch.Tensor:
-    """Multiplies the cotangent of each branch, [G * B, ...], by its weight, in place."""
-    if guidance.branches > 1:
-        each = cotangents.view(guidance.branches, -1, *cotangents.shape[1:])
-        weights = guidance.combined_weights(stage, each[0])
-        for branch, weight in zip(each, weights, strict=True):
-            branch.mul_(weight)
-    return cotangents

@@ -6,6 +6,7 @@ See `fastdiff.plans.transposed` for the formulas.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -125,7 +126,7 @@ class Cotangents:
         evaluations: Sequence[int],
     ) -> None:
         """Adds what the stage owes to its own h and to earlier ones."""
-        done = sum(i < s for i in evaluations)
+        done = bisect.bisect_left(evaluations, s)
 
         def owed(j: int) -> Sum:
             return h[s] if j == 0 else h[evaluations[done - j]]

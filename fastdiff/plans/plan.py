@@ -277,7 +277,7 @@ class Plan:
     @functools.cached_property
     def _rows(self) -> list[PackedRow]:
         """The rows of `table`."""
-        return self.rows()
+        return pack(self.stages, self._allocation, (1.0,) * self.branches)
 
     @functools.cached_property
     def table(self) -> NDArray[np.float64]:
@@ -304,7 +304,9 @@ class Plan:
         Raises:
             ValueError: A stage names a branch that has no weight.
         """
-        weights = (1.0,) * self.branches if weights is None else weights
+        weights = (1.0,) * self.branches if weights is None else tuple(weights)
+        if weights == (1.0,) * self.branches:
+            return list(self._rows)
         if len(weights) < self.branches:
             raise ValueError(
                 f"Plan: the rows name {self.branches} guidance branches; got weights of "
