@@ -31,7 +31,7 @@ help:
 	@echo 'make test    runs the test suite (PYTEST_ARGS="-k solvers" passes options on)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   runs every benchmark; benchmarks/run.py runs one'
-	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 8 minutes (GPU_CHECK=short: 4);'
+	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 9 minutes (GPU_CHECK=short: 6);'
 	@echo '             makes no .venv: make gpu-check PYTHON=python3 VENV= takes a Python with torch'
 	@echo 'make clean   removes what was built, the caches and out/; .venv stays'
 	@echo

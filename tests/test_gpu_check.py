@@ -49,7 +49,7 @@ def test_a_phase_that_fails_or_hangs_keeps_no_other_from_running(tmp_path):
 
 def test_the_phases_fit_in_their_minutes(tmp_path):
     check = load()
-    for setting, most in (("short", 240), ("full", 480)):
+    for setting, most in (("short", 360), ("full", 540)):
         phases = check.phases_of(setting, tmp_path, False, "abc")
         names = ["build", "tests", *(f"{name} benchmark" for name in check.BENCHES)]
         assert [p.name for p in phases] == names
