@@ -454,7 +454,7 @@ def test_without_a_driver_the_module_imports_and_a_launch_says_what_is_missing()
     z = torch.full((2, 8), 3.0)
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"needs NVIDIA's driver.*got: .*CUDA.*backend="):
-            CORE.normal(z.data_ptr(), 0, seeds.data_ptr(), 2, 8, 1, 0, 0)
+            CORE.normal(z.data_ptr(), 0, seeds.data_ptr(), 2, 8, 1, 0, 0, 0)
     assert torch.equal(z, torch.full((2, 8), 3.0))
     assert "CUDA" in backends.status()["cuda"]
     with pytest.raises(RuntimeError, match="does not run here"):

@@ -58,7 +58,8 @@ def tool(name: str) -> str | None:
 # The most registers of a thread, in the architectures built by default: 65,536 a processor, 256
 # threads a block, so four blocks run at once in float32, three where rows grow, and two in float64.
 # The blocks that find scales have 1,024 and 512 threads, and one of them fits.
-REGISTERS = {"normals": 40, "measures": 128, "GrownRowId": 128, "RowId": 128}
+# A block of 256 threads a multiprocessor is planned for measures: all that a thread can have.
+REGISTERS = {"normals": 40, "measures": 255, "GrownRowId": 128, "RowId": 128}
 REGISTERS |= {"thresholdsINS_8GrownRowIf": 64, "GrownRowIf": 80, "RowIf": 64}  # the first that fits
 
 
@@ -117,7 +118,7 @@ def test_registers_move_in_accesses_of_sixteen_bytes_and_none_is_in_local_memory
     for name, text in scales.items():
         assert re.search(r"\bLDG\.E(\.\w+)*\.128\b", text), name
         assert re.search(r"\bATOMS\.POPC\.INC\b", text), name  # counts, in shared memory
-        assert not re.search(r"\b(ATOM|ATOMG|RED)\.", text), name
+        assert not re.search(r"(?<!BAR\.)\b(ATOM|ATOMG|RED)\.", text), name  # none in global memory
     for name, text in code.items():
         assert not re.search(r"\b(LDL|STL)\b", text), name
         assert not re.search(r"\bLD\.E\b|\bST\.E\b", text), name  # address spaces are known

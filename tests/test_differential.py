@@ -17,7 +17,7 @@ import fastdiff as fd
 ON = [
     pytest.param("torch", None, 150, id="torch"),
     *(pytest.param("cpu", name, 500, id=f"cpu-{name}") for name in INSTRUCTION_SETS),
-    *(pytest.param(name, None, 8, id=name) for name in BACKENDS if name == "triton"),
+    *(pytest.param(name, None, 5, id=name) for name in BACKENDS if name == "triton"),
 ]
 
 

@@ -351,7 +351,15 @@ def test_a_sampler_may_be_called_inside_itself_with_another_plan_and_shape(place
     assert all(torch.equal(each, wanted[1]) for each in nested)
 
 
-def test_a_sampler_works_after_it_was_interrupted_anywhere():
+@pytest.fixture
+def interruptible():
+    """A process started in the background may ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_sampler_works_after_it_was_interrupted_anywhere(interruptible):
     plan, x = plan_of("deis-3", 30), torch.randn(2, 5)
     wanted, calls = fd.sample(network, x, plan), []
 
