@@ -61,41 +61,50 @@ def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 # -- the traversal ---------------------------------------------------------------------------------
 
 
-def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
+def walk(value: Any, visit: Visit) -> Any:
     """The same structure with every leaf replaced by `visit(leaf, path, whole)`.
 
-    Leaves are tensors, `PerStage`s, empty containers and everything that is no container. `whole`
-    says that a leaf stands in a list, a tuple or a dataclass, so that the network is given it
-    whole. A container in which nothing was replaced is returned itself.
+    Leaves are tensors, `PerStage`s, empty containers and everything that is no container; only the
+    first two are replaced, of the others the visitor returns what it was given. `whole` says that a
+    leaf stands in a list, a tuple or a dataclass, so that the network is given it whole. A
+    container in which nothing was replaced is returned itself.
     """
+    return _walk(value, visit, (), False)[0]
+
+
+def _walk(value: Any, visit: Visit, path: Path, whole: bool) -> tuple[Any, bool]:
+    """The new value, and whether it is another. PyTorch's compiler cannot always ask by `is`."""
     if isinstance(value, _LEAVES):
-        return visit(value, path, whole)
+        new = visit(value, path, whole)
+        return new, new is not value
     if isinstance(value, Mapping) and value:
         own = type(value)
-        inner = {k: walk(v, visit, (*path, (own, k)), whole) for k, v in value.items()}
-        return inner if any(inner[k] is not v for k, v in value.items()) else value
+        inner = {k: _walk(v, visit, (*path, (own, k)), whole) for k, v in value.items()}
+        if not any(other for _, other in inner.values()):
+            return value, False
+        return {k: new for k, (new, _) in inner.items()}, True
     if isinstance(value, (list, tuple)) and value:
         kind = type(value)
-        items = [walk(v, visit, (*path, (kind, i)), True) for i, v in enumerate(value)]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return kind(*items) if hasattr(value, "_fields") else kind(items)
+        pairs = [_walk(v, visit, (*path, (kind, i)), True) for i, v in enumerate(value)]
+        if not any(other for _, other in pairs):
+            return value, False
+        items = [new for new, _ in pairs]
+        return (kind(*items) if hasattr(value, "_fields") else kind(items)), True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _walk_fields(value, visit, path)
-    return visit(value, path, whole)
+    return visit(value, path, whole), False
 
 
-def _walk_fields(value: Any, visit: Visit, path: Path) -> Any:
+def _walk_fields(value: Any, visit: Visit, path: Path) -> tuple[Any, bool]:
     made = None
     own = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
     # attributes that are no fields: __post_init__ may have made them from tensors
     for name in dict.fromkeys([*own, *getattr(value, "__dict__", ())]):
-        old = getattr(value, name)
-        new = walk(old, visit, (*path, (type(value), name)), True)
-        if new is not old:
+        new, other = _walk(getattr(value, name), visit, (*path, (type(value), name)), True)
+        if other:
             made = copy.copy(value) if made is None else made
             object.__setattr__(made, name, new)
-    return value if made is None else made
+    return (value, False) if made is None else (made, True)
 
 
 def where_of(path: Path, root: str = "cond") -> str:
