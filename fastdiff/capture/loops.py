@@ -158,17 +158,19 @@ class LoopCaptures:
         self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
     ) -> torch.Tensor | None:
         captures.follow()
-        entry = captures.get(key)
+        entry = captures.get(key, later=True)
         if entry is not None and not _holds(entry.run.run.spec, work.spec):
             work = replace(work, spec=_both(entry.run.run.spec, work.spec))
             captures.drop(key)
             entry = None
+        if entry is not None:
+            run_through = functools.partial(work.run_through, entry.run)
+            if not captures.replay(key, entry, run_through):
+                entry = None
         if entry is None:
             entry = self._captured(captures, key, work)
             if entry is None:
                 return None
-        else:
-            work.run_through(entry.run, functools.partial(captures.launch, entry))
         return out.copy_(entry.run.run.registers.x[: work.call.batch])
 
     def _captured(self, captures: Captures, key: Hashable, work: _Work) -> Entry | None:

@@ -135,15 +135,18 @@ def captured_run(
     with captures.lock:
         captures.follow()
         key = (gradient, *of_job, *of_call, captures.environment())
-        entry = captures.get(key)
-        while entry is None:
+        entry = captures.get(key, later=True)
+        while True:
+            if entry is not None:
+                captured = entry.run
+                captured.fill(plain)
+                result = _Function.apply(captured, captures, entry, x, *named)
+                if not captures.stale(key, entry):
+                    return result
             captured = Captured(job, gradient, plain, params, needs, recent)
             entry = _capture(captures, captured, plain)
             if not captures.add(key, entry):
                 entry = None
-        captured = entry.run
-        captured.fill(plain)
-        return _Function.apply(captured, captures, entry, x, *named)
 
 
 def _capture(captures: Captures, captured: Captured, call: Call) -> Entry:

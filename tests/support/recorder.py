@@ -8,6 +8,8 @@ import importlib
 
 import torch
 
+from fastdiff.capture.waits import waits
+
 
 class Recorder:
     """Records functions instead of launches.
@@ -24,6 +26,8 @@ class Recorder:
         self.failure = None  # raised at the end of a recording
         self.synchronises = None  # raised in a strict rehearsal
         self.bytes_each = 0
+        self.waited = 0
+        self.watched = None  # the type of device for which a strict rehearsal may not wait
         self.poison = lambda: ()
 
     def environment(self, device):
@@ -40,9 +44,17 @@ class Recorder:
         state = torch.get_rng_state()
         yield lambda: torch.set_rng_state(state)
 
+    def drawn(self, device):
+        state = torch.get_rng_state()
+        return lambda: torch.set_rng_state(state)
+
+    def wait(self, device):
+        self.waited += 1
+
     def rehearse(self, device, body, strict):
         self.rehearsed += 1
-        body()
+        with waits(self.watched) if strict and self.watched else contextlib.nullcontext():
+            body()
         if strict and self.synchronises is not None:
             raise self.synchronises
 
