@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -120,7 +119,12 @@ class CudaCapturer:
 
     def drawn(self, device: torch.device) -> Callable[[], None]:
         generator = torch.cuda.default_generators[device.index or 0]
-        return functools.partial(generator.set_offset, generator.get_offset())
+        offset = generator.get_offset()
+
+        def rewind() -> None:
+            generator.set_offset(offset)
+
+        return rewind
 
     def wait(self, device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()

@@ -193,13 +193,16 @@ class Weights:
         """No longer looks at places whose tensors the network makes anew in each call."""
         gone = {id(self._values[i]) for i in places}
         keep = [i for i in range(len(self._values)) if i not in places]
-        for items in (self._looks, self._names, self._values):
-            items[:] = [items[i] for i in keep]
+        self._looks = [self._looks[i] for i in keep]
+        self._names = [self._names[i] for i in keep]
+        self._values = [self._values[i] for i in keep]
         self._puts = {new: self._puts[i] for new, i in enumerate(keep) if i in self._puts}
         gone -= set(map(id, self._values))
         still = [i for i, tensor in enumerate(self._tensors) if id(tensor) not in gone]
-        for held in (self._tensors, self._addresses, self._memory, self._versions):
-            held[:] = [held[i] for i in still]
+        self._tensors = [self._tensors[i] for i in still]
+        self._addresses = [self._addresses[i] for i in still]
+        self._memory = [self._memory[i] for i in still]
+        self._versions = [self._versions[i] for i in still]
 
     def _standing(self, i: int) -> Any:
         with contextlib.suppress(IndexError, ValueError):
