@@ -2,9 +2,14 @@
 """What CUDA captures are made with: by the books of PyTorch's graphs, pools and modes."""
 
 import gc
+import os
+import re
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ from support.fake_cuda import FakeCuda
 
 from fastdiff.capture import cuda
 
+ROOT = Path(__file__).resolve().parents[1]
 HERE = torch.device("cpu")  # what is launched in these tests
 
 
@@ -140,3 +146,51 @@ def test_what_a_replay_draws_can_be_undone(fake):
     assert generator.offset == 12
     capturer.wait(HERE)
     assert fake.current.waited == 1
+
+
+WARNS = """
+import warnings
+import pytest
+
+NAMED = {named}
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("says", NAMED)
+def test_a_named_one_passes(says):
+    warnings.warn(says[0], says[1])
+
+@pytest.mark.gpu
+def test_another_fails():
+    warnings.warn("mine", UserWarning)
+
+@pytest.mark.parametrize("says", NAMED)
+def test_one_of_no_gpu_fails(says):
+    warnings.warn(says[0], says[1])
+"""
+NAMED = """[
+    ("Synchronization debug mode is a prototype feature and does not yet", UserWarning),
+    ("The CUDA Graph is empty. This usually means that the graph was", UserWarning),
+    ("TensorFloat32 tensor cores for float32 matrix multiplication available but", UserWarning),
+    ("Please use the new API settings to control TF32 behavior, such as", UserWarning),
+    ("`torch.jit.script_method` is deprecated. Please switch", DeprecationWarning),
+]"""
+
+
+@pytest.mark.slow
+def test_gpu_tests_let_pytorchs_own_warnings_through_and_no_other(tmp_path):
+    (tmp_path / "a_device.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    (tmp_path / "test_warns.py").write_text(WARNS.format(named=NAMED))
+    command = [sys.executable, "-m", "pytest", "-p", "a_device", "-p", "conftest", "-q", "-rA"]
+    command += ["-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    command += ["--rootdir", str(tmp_path), str(tmp_path / "test_warns.py")]
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "tests"), str(ROOT)])
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert "6 failed, 5 passed" in done.stdout, done.stdout + done.stderr
+    failed = re.findall(r"FAILED \S*::(test_\w+)", done.stdout)
+    assert set(failed) == {"test_another_fails", "test_one_of_no_gpu_fails"}

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 _DEPTH = 4  # objects that are followed from a network, or from one of its modules, to its tensors
 _OPAQUE = (str, bytes, bool, int, float, complex, type, types.ModuleType, np.ndarray)
-_HELD = (torch.Tensor, torch.nn.Module)
+_HELD = (torch.Tensor, torch.nn.Module)  # what is looked for
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -65,10 +65,11 @@ class Weights:
             return self._leads.get(key, False)
         self._followed[key] = depth
         if isinstance(value, _HELD):
-            if not known:
-                self._leads[key] = True
-                add = self._add_tensor if isinstance(value, torch.Tensor) else self._add_module
-                add(value)
+            self._leads[key] = True
+            if not known and isinstance(value, torch.nn.Module):
+                self._add_module(value)
+            elif not known and isinstance(value, torch.Tensor):
+                self._add_tensor(value)
             return True
         found = depth > 0 and self._look_inside(value, depth)
         self._leads[key] = found or self._leads.get(key, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import Counter
 
 import torch
 
@@ -22,6 +23,7 @@ class Recorder:
     def __init__(self):
         self.recorded = self.launched = self.rehearsed = self.followed = self.pools = 0
         self.here = "stream 0"
+        self.recorded_in = Counter()  # by pool
         self.facts = None
         self.failure = None  # raised at the end of a recording
         self.synchronises = None  # raised in a strict rehearsal
@@ -65,6 +67,7 @@ class Recorder:
         if self.failure is not None:
             raise self.failure
         self.recorded += 1
+        self.recorded_in[pool] += 1
 
         def launch():
             self.launched += 1
@@ -77,11 +80,10 @@ class Recorder:
 
     def pool(self, device):
         self.pools += 1
-        self.recorded_before = self.recorded
         return self.pools
 
     def pool_bytes(self, device, pool):
-        return (self.recorded - self.recorded_before) * self.bytes_each
+        return self.recorded_in[pool] * self.bytes_each
 
 
 def capturers():
