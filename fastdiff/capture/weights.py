@@ -24,17 +24,18 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 _DEPTH = 4  # objects that are followed from a network, or from one of its modules, to its tensors
 _OPAQUE = (str, bytes, bool, int, float, complex, type, types.ModuleType, np.ndarray)
 _HELD = (torch.Tensor, torch.nn.Module)  # what is looked for
+_LEADS = ("__self__", "__wrapped__", "__defaults__", "__kwdefaults__")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 class Weights:
     """Where a network's tensors lie, to see whether they still lie there.
 
-    Tensors and modules are found in modules (parameters, buffers, submodules, and plain attributes
-    with the hooks among them), closures, bound methods, partial applications, the globals that a
-    function names, attributes of plain objects, lists, tuples, sets and dicts. `_DEPTH` objects are
-    followed from the network, and as many from each of its modules. Changed Python values, such as
-    a scale or an added hook, are not seen.
+    Tensors and modules are found in modules (parameters, buffers, submodules, and plain attributes,
+    hooks among them), closures, defaults of arguments, bound methods, partial applications, the
+    globals that a function names, attributes of plain objects, lists, tuples, sets, deques and
+    dicts. `_DEPTH` objects are followed from the network, and as many from each of its modules.
+    Changed Python values, such as a scale or an added hook, are not seen.
     """
 
     def __init__(self, network: Any) -> None:
@@ -127,7 +128,7 @@ class Weights:
         self._add_items(own.get, own.__setitem__, plain, _DEPTH)
 
     def _add_object(self, value: Any, depth: int) -> bool:
-        within = [getattr(value, name, None) for name in ("__self__", "__wrapped__")]
+        within = [getattr(value, name, None) for name in _LEADS]
         if isinstance(value, functools.partial):
             within += [value.func, *value.args, *value.keywords.values()]
         found = [self._follow(item, depth - 1) for item in within]
