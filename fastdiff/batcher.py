@@ -23,6 +23,7 @@ from .engine.call import Seeds
 from .engine.job import Job
 from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
 from .engine.places import places_spec
+from .engine.recordings import check_outside
 from .engine.run import Run, spec_of
 from .guidance import CFG, UNGUIDED, guided_rows
 from .plans import PackedRow, Plan
@@ -194,8 +195,9 @@ class Batcher:
                 "Batcher: a sample's conditioning has the structure, dtypes and numbers of the "
                 f"example, and the same tensors inside tuples and lists; got {cond!r}."
             )
+        check_outside(self._run.spec.device, "Batcher: add() counts places")
         place = self._left.index(0)
-        self._run.follow()
+        self._run.use.follow()
         with torch.no_grad():
             self._seat(place, x, chosen, seeds)
             branches = self._job.guidance.branches
@@ -246,7 +248,8 @@ class Batcher:
             )
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
-        self._run.follow()
+        check_outside(self._run.spec.device, "Batcher: step() counts places")
+        self._run.use.follow()
         self._torn = True
         with torch.no_grad():
             if self._captures is None:
@@ -323,7 +326,8 @@ class Batcher:
         key = captures.environment()
         entry = captures.get(key)
         if entry is not None:
-            captures.launch(entry)
+            with captures.turn(entry):
+                captures.launch(entry)
             return
         run = self._run
         held = [t for t in (*run.live(), run.registers.m, run.index) if t is not None]

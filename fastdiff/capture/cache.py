@@ -11,21 +11,33 @@ replay, so that no replay reads stale memory.
 A capture is made in four steps, each of which can refuse the network and say why: the body is run
 twice as it is, the second time with every synchronisation turned into an error; then recorded; then
 replayed on the same inputs and compared with what the body gave.
+
+Locks are taken in this order, and never in another:
+
+    Captures.lock      the table of entries, and the making of one
+    one_capture()      one capture at a time in the process
+    Entry.lock         the buffers of one entry, from filling them until the result is copied out
+    the order          which stream the replays have reached; held for a launch
+
+Making a capture may wait for autograd's thread of a device, which serves every backward pass of the
+process. What that thread runs takes the last two alone, and nobody waits for it under these.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..engine.streams import ordered
-from .cuda import Capturer, one_capture
+from ..engine.recordings import Recording, one_capture
+from ..engine.streams import Use
+from .cuda import Capturer
 from .options import Graph, Stats
 from .refusals import CaptureTooLarge, compare, refusal
 from .weights import Weights
@@ -41,20 +53,36 @@ class Entry:
         launches: The graphs by name. The name of a loop is None, that of a stage says whether it
             evaluates, and a loop with its gradient has "forward" and "backward".
         weights: Where the network's tensors lay when the graphs were recorded.
+        keeps: Whether a graph leaves in its memory what another of them reads after it.
+        use: Where the memory was allotted, and the stream of the last replay.
+        inner: What belongs to the graphs besides: runs of samplers that the network calls.
+        lock: Held from filling the buffers until the result is copied out.
     """
 
     run: Any
     bytes: int
     launches: dict[Hashable, Callable[[], None]] = field(default_factory=dict)
     weights: Weights | None = None
+    keeps: bool = False
+    use: Use | None = None
+    inner: Recording | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def __del__(self) -> None:
+        use: Use | None = vars(self).get("use")
+        if use is not None:
+            use.end(dict(vars(self)))
 
 
 class Captures:
     """A sampler's captures, the least recently used first, in one memory pool.
 
+    Graphs share that pool, so that no two of them run at once. A pair of graphs that hands tensors
+    from the first to the second has a pool of its own: in a shared one, the replay of a graph that
+    was recorded before would write to them.
+
     Attributes:
-        lock: Held from looking an entry up until its result is copied out, so that another thread
-            replays after that.
+        lock: Held from looking an entry up until it is found or made.
     """
 
     def __init__(self, graph: Graph, capturer: Capturer, device: torch.device) -> None:
@@ -64,14 +92,24 @@ class Captures:
         self._pool: Any = None
         self._pool_bytes = 0
         self._captures = self._replays = self._evictions = 0
-        self._stream: Any = None
+        self._order, self._replayed = threading.RLock(), Use(device)
 
-    def follow(self) -> None:
-        """Makes the current stream wait for the call before, whichever entry served it.
+    def _follow(self) -> Any:
+        """Makes the current stream wait for the replay before, whichever entry it was of."""
+        with self._order:
+            return self._replayed.follow()
 
-        Graphs share the memory of one pool, so that no two of them may run at once.
-        """
-        self._stream = ordered(self._device, self._stream)
+    @contextlib.contextmanager
+    def turn(self, entry: Entry) -> Iterator[None]:
+        """A scope in which the caller alone fills an entry, launches it and copies the result."""
+        with entry.lock:
+            self._follow()
+            try:
+                yield
+            finally:
+                stream = self._follow()  # who comes next also waits for what was copied out
+                if entry.use is not None:
+                    entry.use.used(stream)
 
     def stats(self) -> Stats:
         return Stats(
@@ -129,9 +167,11 @@ class Captures:
             self._drop(key)
 
     def launch(self, entry: Entry, name: Hashable = None) -> None:
-        """Replays on the current stream."""
-        self._replays += 1
-        entry.launches[name]()
+        """Replays on the current stream, after the replay before."""
+        with self._order:
+            self._replayed.follow()
+            self._replays += 1
+            entry.launches[name]()
 
     def clear(self) -> None:
         """Gives up every capture and its memory."""
@@ -163,11 +203,21 @@ class Captures:
         """
         capturer, device = self._capturer, self._device
 
+        use = Use(device)  # the buffers were made here, and more is made where a body runs
+
+        def noted(body: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                use.allotted()
+                body()
+
+            return run
+
         def rehearsal(strict: bool) -> Callable[[Hashable], None]:
-            return lambda name: capturer.rehearse(device, bodies[name], strict)
+            return lambda name: capturer.rehearse(device, noted(bodies[name]), strict)
 
         done = False
-        with one_capture(), capturer.preserved(device) as rewind:
+        with one_capture() as inner, capturer.preserved(device) as rewind:
+            entry.use, entry.inner = use, inner
             try:
                 run_through(rehearsal(False))
                 rewind()
@@ -176,10 +226,11 @@ class Captures:
                 try:
                     run_through(rehearsal(True))
                     expected = result().clone()
-                    if self._pool is None:
+                    if self._pool is None and not entry.keeps:
                         self._pool = capturer.pool(device)
+                    pool = capturer.pool(device) if entry.keeps else self._pool
                     for name, body in bodies.items():
-                        graphs[name] = capturer.record(device, body, self._pool)
+                        graphs[name] = capturer.record(device, body, pool)
                 except RuntimeError as error:
                     refused = refusal(error)
                     if refused is error:
@@ -191,12 +242,16 @@ class Captures:
                 compare(expected, result(), entry.weights)
                 done = True
             finally:
+                use.used(self._follow())
                 if not done:
                     rewind()
                     if not self._entries:
                         self._pool = None  # what a broken capture left in it goes with it
         self._captures += 1
-        self._pool_bytes = capturer.pool_bytes(device, self._pool)
+        if entry.keeps:
+            entry.bytes += capturer.pool_bytes(device, pool)
+        else:
+            self._pool_bytes = capturer.pool_bytes(device, pool)
 
     def _bytes(self) -> int:
         return self._pool_bytes + sum(entry.bytes for entry in self._entries.values())

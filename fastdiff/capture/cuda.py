@@ -11,28 +11,6 @@ from typing import Any, Protocol
 
 import torch
 
-from ..engine.streams import recording
-
-# One capture at a time in a process: PyTorch's allocator routes memory for one.
-_LOCK = threading.Lock()
-_here = threading.local()
-
-
-@contextlib.contextmanager
-def one_capture() -> Iterator[None]:
-    """A scope in which this thread alone of the process captures."""
-    with _LOCK:
-        _here.capturing = True
-        try:
-            yield
-        finally:
-            _here.capturing = False
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether this thread is capturing, so that a run becomes part of another graph."""
-    return getattr(_here, "capturing", False) or recording(device)
-
 
 class Capturer(Protocol):
     """Records what a function launches on one kind of device."""

@@ -19,7 +19,7 @@ from .. import backends, noise
 from ..guidance import Guidance, guided_rows
 from ..plans import AT_E, CLIP, THRESHOLD, WRITES_M, Layout, PackedRow, Plan, encode
 from .call import Call, check_given, check_xi
-from .streams import ordered
+from .streams import Use, check_coefficients
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,14 @@ class Run:
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
+        recording: The graph that the run belongs to; None: it serves any call.
+        use: The streams that the memory is used on; whoever borrows it follows the one before.
     """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.recording: Any = None
+        self.use = Use(spec.device)
         like = functools.partial(torch.empty, dtype=spec.state, device=spec.device)
         shape, batch, branches = spec.shape, spec.batch, spec.branches
         with torch.inference_mode(False):  # buffers outlive the caller's mode
@@ -166,12 +170,17 @@ class Run:
         handed = (self.registers.x, self.registers.e, m)
         self._handed = [tensor for tensor in handed if tensor is not None]
         self._places = [tensor.data_ptr() for tensor in self._handed]
-        self._stream: Any = None
 
     # -- the table -------------------------------------------------------------------------------
 
     def write(self, rows: Sequence[PackedRow], at: int = 0) -> None:
-        """Writes rows into the table, from row `at` on."""
+        """Writes rows into the table, from row `at` on.
+
+        Raises:
+            RuntimeError: The current stream is being recorded: a graph would hold the copy from the
+                host, and make it again at each replay out of memory that is used otherwise then.
+        """
+        check_coefficients(self.spec.device)
         self._holds = (None, None)
         packed = torch.from_numpy(encode(rows, self.spec.layout))
         self.table[at : at + len(rows)] = packed
@@ -341,9 +350,9 @@ class Run:
         held = (*vars(self.registers).values(), self.times, self.time, self.index, self.clock)
         return [tensor for tensor in (*held, self.table) if isinstance(tensor, torch.Tensor)]
 
-    def follow(self) -> None:
-        """Makes the current stream wait for the run before on this memory."""
-        self._stream = ordered(self.spec.device, self._stream)
+    def __del__(self) -> None:
+        if "use" in vars(self):
+            self.use.end(dict(vars(self)))
 
 
 def spec_of(

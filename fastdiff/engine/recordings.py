@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings: who is recording a graph, and the runs that belong to it.
+
+A graph knows the addresses of what it reads and writes. A run that a recording has used therefore
+belongs to that graph alone: the graph may be replayed at any time, on any stream, and another call
+or another graph on the same registers would race with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .run import Run, Spec
+from .streams import capture_of
+
+# One capture at a time in a process: PyTorch's allocator routes memory for one.
+_LOCK = threading.Lock()
+_here = threading.local()
+
+
+class Recording:
+    """The runs of one graph, which live as long as this does.
+
+    Inside the graph they are used again: what is recorded on one stream happens in its order, and
+    streams of one recording may wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[Run] = []
+        self._idle: list[tuple[Any, Run]] = []
+
+    def take(self, owner: object, spec: Spec) -> Run | None:
+        """An idle run of this graph, of the same owner and spec."""
+        for place, (whose, run) in enumerate(self._idle):
+            if whose is owner and run.spec == spec:
+                del self._idle[place]
+                return run
+        return None
+
+    def hold(self, run: Run) -> None:
+        """Makes a run one of this graph's."""
+        run.recording = self
+        self._held.append(run)
+
+    def give_back(self, owner: object, run: Run) -> None:
+        """Makes a run of this graph idle."""
+        self._idle.append((owner, run))
+
+
+@contextlib.contextmanager
+def one_capture() -> Iterator[Recording]:
+    """A scope in which this thread alone of the process captures.
+
+    Raises:
+        RuntimeError: This thread is capturing, or autograd calls it in a backward pass: the thread
+            that captures may be waiting for that pass.
+    """
+    if ours() is not None:
+        raise RuntimeError(
+            "sample: one graph is recorded at a time; got a second recording inside the first. "
+            "Make the captures of what a network calls before it is captured itself."
+        )
+    if in_backward():
+        raise RuntimeError(
+            "sample: a graph is not recorded inside a backward pass, whose thread others may wait "
+            "for; got a first call of its kind there. Call once outside, or use graph=None."
+        )
+    with _LOCK:
+        _here.recording = made = Recording()
+        try:
+            yield made
+        finally:
+            _here.recording = None
+
+
+def ours() -> Recording | None:
+    """What this thread is capturing, rehearsals included; None: nothing."""
+    found: Recording | None = getattr(_here, "recording", None)
+    return found
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether this thread is capturing, so that a run becomes part of another graph."""
+    return ours() is not None or capture_of(device) is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd calls this thread in a backward pass."""
+    task: int = torch._C._current_graph_task_id()
+    return task != -1
+
+
+def check_outside(device: torch.device, what: str) -> None:
+    """Raises where this thread is capturing.
+
+    Args:
+        device: Where.
+        what: Who does what in Python, which a graph would not do again.
+    """
+    if capturing(device):
+        raise RuntimeError(
+            f"{what} in Python, which no graph does when it is replayed; got a call inside a "
+            "recording. Call it outside, or let the network call a fastdiff.Sampler."
+        )
