@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from . import conditioning, noise
+from . import conditioning
 from .capture import CAPTURERS, Captures, Entry, Graph, Stats, graph_of
 from .capture.loops import bytes_of, capturable, check_capturable
 from .conditioning import arguments_of, flatten, rebuild, varies
-from .engine.call import Seeds
+from .engine.call import Seeds, seeds_on
 from .engine.job import Job
 from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
 from .engine.places import places_spec
@@ -183,7 +183,7 @@ class Batcher:
                 f"Batcher: all {len(self._left)} places are taken. Call step() until one is free."
             )
         self._check_numbers(x)
-        seeds = None if seed is None else noise.seeds_tensor(seed, 1)
+        seeds = None if seed is None else seeds_on(self._run.spec.device, seed, 1)
         conditioning.check(cond, 1)
         description, leaves = described(self._job.guidance.conditions(cond, 1))
         pairs = zip(self._held, leaves, strict=False)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .run import Run, Spec
 from .streams import capture_of
 
 # One capture at a time in a process: PyTorch's allocator routes memory for one.
@@ -31,23 +30,23 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self._held: list[Run] = []
-        self._idle: list[tuple[Any, Run]] = []
+        self._held: list[Any] = []
+        self._idle: list[tuple[Any, Any]] = []
 
-    def take(self, owner: object, spec: Spec) -> Run | None:
-        """An idle run of this graph, of the same owner and spec."""
+    def take(self, owner: object, spec: Any) -> Any:
+        """An idle run of this graph, of the same owner and spec; None: there is none."""
         for place, (whose, run) in enumerate(self._idle):
             if whose is owner and run.spec == spec:
                 del self._idle[place]
                 return run
         return None
 
-    def hold(self, run: Run) -> None:
+    def hold(self, run: Any) -> None:
         """Makes a run one of this graph's."""
         run.recording = self
         self._held.append(run)
 
-    def give_back(self, owner: object, run: Run) -> None:
+    def give_back(self, owner: object, run: Any) -> None:
         """Makes a run of this graph idle."""
         self._idle.append((owner, run))
 
@@ -106,4 +105,29 @@ def check_outside(device: torch.device, what: str) -> None:
         raise RuntimeError(
             f"{what} in Python, which no graph does when it is replayed; got a call inside a "
             "recording. Call it outside, or let the network call a fastdiff.Sampler."
+        )
+
+
+def _others(device: torch.device) -> bool:
+    """Whether somebody records the current stream. What the library captures, CUDA looks through
+    itself, and `fastdiff.capture.refusals` says what it found."""
+    return ours() is None and capture_of(device) is not None
+
+
+def check_coefficients(device: torch.device) -> None:
+    """Raises where coefficients would be copied to a device while somebody records a graph."""
+    if _others(device):
+        raise RuntimeError(
+            "sample: inside a graph that you record, a run goes by the plan, the guidance and the "
+            "gradient that it had before; got other coefficients. Call the sampler once outside "
+            "with these before the recording."
+        )
+
+
+def check_seeds(device: torch.device, seed: Any) -> None:
+    """Raises where seeds would be copied to a device while somebody records a graph."""
+    if not isinstance(seed, torch.Tensor) and _others(device):
+        raise RuntimeError(
+            "sample: inside a graph that you record, seeds are an int64 tensor on the device, one "
+            f"a sample, which every replay reads; got seed={seed!r}. Make it before the recording."
         )

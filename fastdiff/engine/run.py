@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from .. import backends, noise
+from .. import backends
 from ..guidance import Guidance, guided_rows
 from ..plans import AT_E, CLIP, THRESHOLD, WRITES_M, Layout, PackedRow, Plan, encode
-from .call import Call, check_given, check_xi
-from .streams import Use, check_coefficients
+from .call import Call, check_given, check_xi, seeds_on
+from .recordings import check_coefficients, check_seeds
+from .streams import Use
 
 
 @dataclass(frozen=True)
@@ -177,8 +178,8 @@ class Run:
         """Writes rows into the table, from row `at` on.
 
         Raises:
-            RuntimeError: The current stream is being recorded: a graph would hold the copy from the
-                host, and make it again at each replay out of memory that is used otherwise then.
+            RuntimeError: Somebody records the current stream: his graph would hold the copy from
+                the host, and repeat it at each replay out of memory that is used otherwise then.
         """
         check_coefficients(self.spec.device)
         self._holds = (None, None)
@@ -245,19 +246,14 @@ class Run:
         if call.xi is not None:
             check_xi(call.xi, len(plan.stages), registers.x)
         elif plan.stochastic and registers.seeds is not None:
-            registers.seeds[:batch].copy_(self._seeds(call), non_blocking=True)
+            check_seeds(self.spec.device, call.seed)
+            seeds = seeds_on(self.spec.device, call.seed, batch)
+            registers.seeds[:batch].copy_(seeds, non_blocking=True)
         for i, given in enumerate(call.extras):
             self._fill_entry(i, given, call.x)
         if batch < registers.x.shape[0]:
             registers.x[batch:].zero_()
         registers.x[:batch].copy_(call.x)
-
-    def _seeds(self, call: Call) -> torch.Tensor:
-        seed = call.seed
-        here = isinstance(seed, torch.Tensor) and seed.device == self.spec.device
-        if here and seed.dtype == torch.int64 and seed.shape == (call.batch,):
-            return seed
-        return noise.seeds_tensor(seed, call.batch)
 
     def _fill_entry(self, i: int, given: Any, x: torch.Tensor) -> None:
         assert self.registers.bank is not None

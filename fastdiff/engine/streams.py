@@ -71,16 +71,6 @@ def capture_of(device: torch.device) -> Hashable | None:
     return None if streams is None else streams.capture(streams.stream(device))
 
 
-def check_coefficients(device: torch.device) -> None:
-    """Raises where coefficients would be copied to a device whose current stream is recorded."""
-    if capture_of(device) is not None:
-        raise RuntimeError(
-            "sample: inside a graph that is recorded, a run goes by the plan, the guidance and the "
-            "gradient that it had before; got other coefficients. Call the sampler once outside "
-            "with these before the recording."
-        )
-
-
 class Use:
     """Where some memory was allotted, and where it was used last.
 

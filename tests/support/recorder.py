@@ -36,7 +36,7 @@ class Recorder:
         self.synchronises = None  # raised in a strict rehearsal
         self.bytes_each = 0
         self.poison = lambda: ()
-        self._recorded_in = {}  # graphs by pool
+        self.recorded_in = {}  # bodies by pool
 
     def environment(self, device):
         return self.facts
@@ -101,7 +101,7 @@ class Recorder:
         if self.failure is not None:
             raise self.failure
         self.recorded += 1
-        self._recorded_in.setdefault(pool, []).append(body)
+        self.recorded_in.setdefault(pool, []).append(body)
 
         def launch():
             self.launched += 1
@@ -114,7 +114,7 @@ class Recorder:
         return self.pools
 
     def pool_bytes(self, device, pool):
-        return len(self._recorded_in.get(pool, ())) * self.bytes_each
+        return len(self.recorded_in.get(pool, ())) * self.bytes_each
 
 
 def capturers():
