@@ -17,13 +17,13 @@ import torch
 
 from . import conditioning
 from .capture import CAPTURERS, Captures, Entry, Graph, Stats, graph_of
+from .capture.cache import check_outside
 from .capture.loops import bytes_of, capturable, check_capturable
 from .conditioning import arguments_of, flatten, rebuild, varies
 from .engine.call import Seeds, seeds_on
 from .engine.job import Job
 from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
 from .engine.places import places_spec
-from .engine.recordings import check_outside
 from .engine.run import Run, spec_of
 from .guidance import CFG, UNGUIDED, guided_rows
 from .plans import PackedRow, Plan

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -416,16 +417,17 @@ def test_the_plain_loop_makes_no_tensor(guided):
 
 
 def test_a_sampler_leaves_no_run_behind():
+    others = weakref.WeakSet(each for each in gc.get_objects() if type(each) is Run)
+
     def runs():
         gc.collect()
-        return sum(type(each) is Run for each in gc.get_objects())
+        return sum(type(each) is Run and each not in others for each in gc.get_objects())
 
-    before = runs()
     sampler = fd.Sampler(network, plan_of(), graph=None)
     for n in range(1, 6):
         sampler(torch.randn(n, 5))
         with contextlib.suppress(ValueError):
             sampler(torch.randn(n, 5), callback=lambda i, t, x, x0: x.add_(1.0))
-    assert runs() - before <= 1
+    assert 1 <= runs() <= 4  # idle ones, of the shapes that were met last
     sampler.release()
-    assert runs() == before
+    assert runs() == 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leases: whose a run is, how long its memory lives, and what streams wait for in the end."""
 
+import contextlib
 import ctypes
 import gc
 import shutil
@@ -84,6 +85,22 @@ def made(monkeypatch):
 def alive(made):
     gc.collect()
     return [run for ref in made if (run := ref()) is not None]
+
+
+def test_runs_go_with_the_recording_that_they_belong_to(made):
+    leases, spec = Leases(), spec_of(plan_of())
+    gc.disable()
+    try:
+        with one_capture() as recording:
+            leases.give_back(leases.lend(spec))
+            lent = leases.lend(spec_of(plan_of(), (3, 5)))
+        assert [ref() is not None for ref in made] == [True, True]
+        del recording
+        leases.give_back(lent)
+        del lent
+        assert [ref() for ref in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_shapes_that_alternate_have_their_runs_made_once_and_few_are_kept(made):
@@ -246,9 +263,21 @@ def test_a_run_that_somebody_recorded_is_his(recorder, made):
     sampler(x)
     with recorder.recording("stream 1", "second"):  # on the same stream, and another graph
         sampler(x)
-    owners = [run.recording for run in alive(made) if run.recording is not None]
+    owners = [run.recording() for run in alive(made) if run.recording is not None]
     assert len(owners) == len(set(map(id, owners))) == 2
     assert recorder.waits == []
+
+
+def test_seeds_of_a_recording_lie_on_the_device(recorder):
+    sampler, x = fd.Sampler(network, plan_of("ddpm"), graph=None), torch.randn(2, 5)
+    seeds = torch.tensor([4, 5])
+    expected = sampler(x, seed=seeds)
+    says = r"int64 tensor on the device.*got seed=4"
+    with recorder.recording("stream 0", "his"), pytest.raises(RuntimeError, match=says):
+        sampler(x, seed=4)
+    assert torch.equal(sampler(x, seed=4), expected)
+    with recorder.recording("stream 0", "his"):
+        assert torch.equal(sampler(x, seed=seeds), expected)
 
 
 @pytest.mark.parametrize("change", ["cold", "twice", "plan"])
@@ -351,3 +380,49 @@ def test_the_driver_is_called_as_its_header_says(tmp_path, monkeypatch):
         assert driver.capture_id(2**47) == 2**47 + 1
     finally:
         driver._info.cache_clear()
+
+
+class Stream:
+    """A stream of PyTorch's, of a device that is not here."""
+
+    def __init__(self, address):
+        self.cuda_stream = address
+
+    def wait_stream(self, earlier):
+        earlier.followers = [self]
+
+
+def test_cuda_streams_are_asked_as_pytorch_names_them(monkeypatch):
+    there, current, recorded = [Stream(0), Stream(16)], [0], []
+    made = []
+    fake = {
+        "current_device": lambda: 0,
+        "current_stream": lambda index: (made.append(index), there[current[0]])[1],
+        "is_current_stream_capturing": lambda: current[0] in recorded,
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    raw = lambda index: there[current[0]].cuda_stream  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", raw, raising=False)
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], there.index(stream)
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(driver, "_info", lambda: driver_that(1, 100))
+    cuda = streams.CudaStreams()
+    for _ in range(3):
+        for device in (torch.device("cuda"), torch.device("cuda", 0)):
+            assert cuda.stream(device) is there[0]
+    assert made == [0]
+    assert [cuda.capture(stream) for stream in there] == [None, None]
+    recorded.append(1)
+    assert [cuda.capture(stream) for stream in there] == [None, 116]
+    with on(there[1]):
+        assert cuda.stream(torch.device("cuda")) is there[1]
+        assert [cuda.capture(stream) for stream in there] == [None, 116]
+    cuda.wait(there[0], there[1])
+    assert there[1].followers == [there[0]]

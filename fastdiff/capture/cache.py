@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 
-from ..engine.recordings import Recording, one_capture
+from ..engine.recordings import Recording, capturing, one_capture
 from ..engine.streams import Use
 from .cuda import Capturer
 from .options import Graph, Stats
-from .refusals import CaptureTooLarge, compare, refusal
+from .refusals import CaptureRefused, CaptureTooLarge, compare, refusal
 from .weights import Weights
 
 
@@ -262,5 +262,22 @@ class Captures:
     def _drop(self, key: Hashable) -> None:
         del self._entries[key]
         self._evictions += 1
-        if not self._entries:  # the graphs' memory goes back with the last of them
-            self._pool, self._pool_bytes = None, 0
+        if all(entry.keeps for entry in self._entries.values()):
+            self._pool, self._pool_bytes = None, 0  # its memory goes back with the last of them
+
+
+def check_outside(device: torch.device, what: str) -> None:
+    """Raises where this thread is capturing.
+
+    Args:
+        device: Where.
+        what: Who does what in Python, which a graph would not do again.
+
+    Raises:
+        CaptureRefused: It is; graph="auto" runs the network that does it eagerly then.
+    """
+    if capturing(device):
+        raise CaptureRefused(
+            f"{what} in Python, which no graph does when it is replayed; got a call inside a "
+            "recording. Call it outside, or let the network call a fastdiff.Sampler."
+        )

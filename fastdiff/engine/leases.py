@@ -96,7 +96,9 @@ class Leases:
         """Ends a loan. A run that is never given back goes when its borrower drops it."""
         with self._lock:
             if run.recording is not None:
-                run.recording.give_back(self, run)
+                recording = run.recording()
+                if recording is not None:
+                    recording.give_back(self, run)
                 return
             idle = self._idle.get(run.spec)
             if idle is not None and len(idle) < _IDLE:

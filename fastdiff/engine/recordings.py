@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ class Recording:
 
     def hold(self, run: Any) -> None:
         """Makes a run one of this graph's."""
-        run.recording = self
+        run.recording = weakref.ref(self)  # which holds the run: no cycle, so that both go at once
         self._held.append(run)
 
     def give_back(self, owner: object, run: Any) -> None:
@@ -92,20 +93,6 @@ def in_backward() -> bool:
     """Whether autograd calls this thread in a backward pass."""
     task: int = torch._C._current_graph_task_id()
     return task != -1
-
-
-def check_outside(device: torch.device, what: str) -> None:
-    """Raises where this thread is capturing.
-
-    Args:
-        device: Where.
-        what: Who does what in Python, which a graph would not do again.
-    """
-    if capturing(device):
-        raise RuntimeError(
-            f"{what} in Python, which no graph does when it is replayed; got a call inside a "
-            "recording. Call it outside, or let the network call a fastdiff.Sampler."
-        )
 
 
 def _others(device: torch.device) -> bool:

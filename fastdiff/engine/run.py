@@ -122,7 +122,7 @@ class Run:
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
-        recording: The graph that the run belongs to; None: it serves any call.
+        recording: Gives the `Recording` that the run belongs to; None: it serves any call.
         use: The streams that the memory is used on; whoever borrows it follows the one before.
     """
 
