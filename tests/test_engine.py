@@ -428,6 +428,6 @@ def test_a_sampler_leaves_no_run_behind():
         sampler(torch.randn(n, 5))
         with contextlib.suppress(ValueError):
             sampler(torch.randn(n, 5), callback=lambda i, t, x, x0: x.add_(1.0))
-    assert 1 <= runs() <= 4  # idle ones, of the shapes that were met last
+    assert runs() <= 4  # idle ones, of the shapes that were met last
     sampler.release()
     assert runs() == 0
