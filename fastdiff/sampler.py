@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import backends
-from .capture import Graph, Stats, capturing, graph_of
+from .capture import Graph, Stats, graph_of
 from .capture.loops import LoopCaptures, check_capturable
 from .conditioning import requiring_grad
 from .engine import reference
@@ -247,7 +247,7 @@ class Sampler:
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Samples on a leased run."""
         spec = job.spec(call.x, call.offset, call.one_bank)
-        with self._leases.borrowed(spec, capturing(call.x.device)) as run:
+        with self._leases.borrowed(spec) as run:
             run.load(job.plan, job.guidance)
             run.fill(call, job.plan)
             run.begin()

@@ -144,7 +144,7 @@ def test_what_a_replay_draws_can_be_undone(fake):
     generator.offset = 40
     rewind()
     assert generator.offset == 12
-    capturer.wait(HERE)
+    capturer.settle(HERE)
     assert fake.current.waited == 1
 
 

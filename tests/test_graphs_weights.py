@@ -334,7 +334,7 @@ def test_a_replay_of_moved_weights_is_thrown_away(mode, recorder):
     assert sampler(x, out=out) is out
     assert torch.equal(out, expected)
     assert torch.equal(torch.get_rng_state(), after)
-    assert recorder.waited == 1  # what the device still read is given up after that
+    assert recorder.settled == 1  # what the device still read is given up after that
 
 
 @needs_core

@@ -11,29 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..engine.streams import recording
 from .waits import AVAILABLE, waits
 
-# One capture at a time in a process: PyTorch's allocator routes memory for one.
-_LOCK = threading.Lock()
-_here = threading.local()
 _BROKEN: list[Any] = []  # graphs that PyTorch's allocator of pinned memory may still ask
-
-
-@contextlib.contextmanager
-def one_capture() -> Iterator[None]:
-    """A scope in which this thread alone of the process captures."""
-    with _LOCK:
-        _here.capturing = True
-        try:
-            yield
-        finally:
-            _here.capturing = False
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether this thread is capturing, so that a run becomes part of another graph."""
-    return getattr(_here, "capturing", False) or recording(device)
 
 
 class Capturer(Protocol):
@@ -54,7 +34,7 @@ class Capturer(Protocol):
         """What puts the device's generator of random numbers back to where it stands now."""
         ...
 
-    def wait(self, device: torch.device) -> None:
+    def settle(self, device: torch.device) -> None:
         """Waits for what was launched on the current stream."""
         ...
 
@@ -126,7 +106,7 @@ class CudaCapturer:
 
         return rewind
 
-    def wait(self, device: torch.device) -> None:
+    def settle(self, device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
     def rehearse(self, device: torch.device, body: Callable[[], None], strict: bool) -> None:

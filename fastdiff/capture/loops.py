@@ -18,10 +18,11 @@ from ..conditioning import arguments_of, flatten, rebuild, varies
 from ..engine.call import Call
 from ..engine.job import Job
 from ..engine.loops import BAD_OUTPUT, bad_output, run_stages
+from ..engine.recordings import capturing, in_backward
 from ..engine.run import Run, Spec
 from ..plans import Layout
 from .cache import Captures, Entry
-from .cuda import CAPTURERS, capturing
+from .cuda import CAPTURERS
 from .options import Graph, Stats
 from .refusals import CaptureRefused, CaptureTooLarge
 
@@ -77,7 +78,9 @@ class LoopCaptures:
             ValueError: A named mode does not serve this device or this call.
         """
         graph = self._graph
-        if graph is None or capturing(device):  # a run inside another graph becomes part of it
+        # a run inside another graph becomes part of it; a thread that autograd calls must not wait
+        # for a capture, which may be waiting for that thread
+        if graph is None or capturing(device) or in_backward():
             return None
         if device.type not in CAPTURERS:
             if graph.mode == "auto":
@@ -157,21 +160,23 @@ class LoopCaptures:
     def _replay(
         self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
     ) -> torch.Tensor | None:
-        captures.follow()
         entry = captures.get(key, later=True)
         if entry is not None and not _holds(entry.run.run.spec, work.spec):
             work = replace(work, spec=_both(entry.run.run.spec, work.spec))
             captures.drop(key)
             entry = None
-        if entry is not None:
-            run_through = functools.partial(work.run_through, entry.run)
-            if not captures.replay(key, entry, run_through):
-                entry = None
-        if entry is None:
-            entry = self._captured(captures, key, work)
+        while True:
+            warm = entry is not None
             if entry is None:
-                return None
-        return out.copy_(entry.run.run.registers.x[: work.call.batch])
+                entry = self._captured(captures, key, work)
+                if entry is None:
+                    return None
+            run_through = functools.partial(work.run_through, entry.run)
+            with captures.turn(entry):
+                if not warm or captures.replay(entry, run_through):
+                    return out.copy_(entry.run.run.registers.x[: work.call.batch])
+            captures.drop(key, entry)
+            entry = None
 
     def _captured(self, captures: Captures, key: Hashable, work: _Work) -> Entry | None:
         """The entry of a first call, which it runs; None where graph="auto" declines the call."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .. import conditioning
+from .. import conditioning, noise
 from .._text import shown
 from ..plans import Plan
 
@@ -214,3 +214,13 @@ def check_xi(xi: Any, stages: int, x: torch.Tensor) -> None:
             raise ValueError(
                 f"sample: xi is like the state, {_kind(x)}; got xi[{i}] of {_kind(z)}."
             )
+
+
+def seeds_on(device: torch.device, seed: Any, batch: int) -> torch.Tensor:
+    """Seeds as bit patterns, int64 [B]: those of a caller who has them on the device, where they
+    lie, which waits for nothing; others on the host. See `noise.seeds_tensor`."""
+    if not isinstance(seed, torch.Tensor) or seed.device != device:
+        return noise.seeds_tensor(seed, batch)
+    if seed.dtype == torch.int64 and seed.shape == (batch,):
+        return seed
+    return noise.seeds_tensor(seed, batch)
