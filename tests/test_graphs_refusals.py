@@ -162,6 +162,22 @@ def test_the_line_that_waits_is_named_while_other_threads_live(recorder):
 
 
 @needs_core
+@pytest.mark.parametrize("case", ["plain", "guided", "discrete", "adjoint"])
+@pytest.mark.parametrize("solver", ["deis-3", "ddpm", "dpmpp-2m"])
+def test_what_the_library_itself_records_does_not_wait(solver, case, recorder):
+    gradient = {"discrete": "discrete", "adjoint": fd.AdjointDEIS(2)}.get(case)
+    guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
+    cond = {"y": torch.randn(3)} if guidance else None
+    net = Net().requires_grad_(gradient is not None)
+    options = {"gradient": gradient, "guidance": guidance, "graph": "loop"}
+    recorder.watched = "cpu"
+    sampler = fd.Sampler(net, plan_of(solver), **options)
+    x = torch.randn(3, 5, requires_grad=gradient is not None)
+    assert sampler(x, cond, seed=1).isfinite().all()
+    assert sampler.stats().captures == 1
+
+
+@needs_core
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
 def test_a_compiled_network_is_looked_at_without_compiling_it_again(recorder):
     counted, net = CompileCounter(), Net()

@@ -219,6 +219,19 @@ def test_parametrized_weights_are_followed(recorder):
     assert sampler.stats().captures == 2
 
 
+@needs_core
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_network_is_followed(recorder):
+    plan, x, net = plan_of(), torch.randn(3, 5), Net(dropout=0.5).eval().requires_grad_(False)
+    traced = torch.jit.trace(net, (x, torch.ones(3)), check_trace=False)
+    sampler = fd.Sampler(traced, plan, graph="loop")
+    for captures in (1, 1, 2, 2):
+        if captures > sampler.stats().captures > 0:
+            traced.linear.weight.data = traced.linear.weight.data * 2
+        assert torch.equal(sampler(x), fd.sample(traced, x, plan, graph=None))
+        assert sampler.stats().captures == captures
+
+
 # -- what a network makes anew in each call --------------------------------------------------------
 
 

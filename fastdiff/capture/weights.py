@@ -121,8 +121,9 @@ class Weights:
         self._watch(own.get, "training", own.get("training"))
         for registered in _REGISTERED:
             holder = getattr(module, registered)
+            look = holder.get if isinstance(holder, dict) else holder.__getitem__  # of a script
             for name, value in holder.items():
-                self._watch(holder.get, name, value)
+                self._watch(look, name, value)
                 self._follow(value, _DEPTH)
         plain = [(name, value) for name, value in own.items() if name not in _REGISTERED]
         self._add_items(own.get, own.__setitem__, plain, _DEPTH)
@@ -157,7 +158,7 @@ class Weights:
             if not all(map(operator.is_, found, self._values)):
                 return True
             return list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
-        except (IndexError, RuntimeError, ValueError):  # a list, a storage or a cell became empty
+        except (LookupError, RuntimeError, ValueError):  # a list, a storage or a cell is empty
             return True
 
     def written(self) -> bool:
@@ -207,7 +208,7 @@ class Weights:
         self._versions = [self._versions[i] for i in still]
 
     def _standing(self, i: int) -> Any:
-        with contextlib.suppress(IndexError, ValueError):
+        with contextlib.suppress(LookupError, ValueError):
             return self._looks[i](self._names[i])
         return None
 
