@@ -328,6 +328,37 @@ def test_a_gradient_is_recorded_on_the_runs_of_its_warm_up(gradient, recorder, m
     assert recorder.waits == []
 
 
+class Drawing(torch.nn.Module):
+    """A network that draws, one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.scale = way, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):
+        if self.way == "dropout":
+            return torch.nn.functional.dropout(x * self.scale, 0.5)
+        if self.way == "noise":
+            return x * self.scale + torch.randn_like(x)
+        q = (x * self.scale)[None, None]
+        dropout = 0.5 if self.way == "attention with dropout" else 0.0
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropout)[0, 0]
+
+
+@pytest.mark.parametrize("way", ["dropout", "noise", "attention with dropout", "attention"])
+def test_a_network_that_draws_has_no_gradient_inside_somebodys_graph(way, recorder, monkeypatch):
+    """The numbers cannot be drawn again there: PyTorch shows no generator to who records."""
+    sampler, x = fd.Sampler(Drawing(way), plan_of(), gradient="discrete"), torch.randn(2, 5)
+    sampler(x).sum().backward()
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with recorder.recording("stream 0", "his"):
+        if way == "attention":
+            sampler(x).sum().backward()
+            return
+        with pytest.raises(NotImplementedError, match=r"random numbers again.*at stage 0.*eval"):
+            sampler(x)
+
+
 # -- which recording it is -------------------------------------------------------------------------
 
 

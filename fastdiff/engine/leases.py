@@ -52,7 +52,7 @@ class Leases:
             run = Run(spec)
         if recording is not None and run.recording is None:
             recording.hold(run)
-        run.use.follow()
+        run.follow()
         return run
 
     def _take(self, spec: Spec) -> Run | None:
