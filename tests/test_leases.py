@@ -300,6 +300,17 @@ def test_what_a_recording_cannot_make_is_refused(change, recorder):
         sampler(x)
 
 
+@needs_core
+def test_a_captured_call_is_no_warm_up(recorder):
+    sampler, x = fd.Sampler(network, plan_of(), graph="loop"), torch.randn(2, 5)
+    sampler(x)
+    says = "make it with graph=None, since a captured call leaves none"
+    with recorder.recording("stream 1", "his"), pytest.raises(RuntimeError, match=says):
+        sampler(x)
+    sampler(x)
+    assert sampler.stats().captures == 1
+
+
 def test_streams_of_one_recording_wait_for_each_other(recorder, made):
     sampler, x = fd.Sampler(network, plan_of(), graph=None), torch.randn(2, 5)
     sampler(x)

@@ -88,7 +88,8 @@ class Leases:
             raise RuntimeError(
                 "sample: inside a graph that you record, a run takes registers that were made "
                 "before, and keeps them for that graph; got none idle of this shape and kind. "
-                "Before each recording, call the sampler once outside with the same arguments."
+                "Before each recording, call the sampler once outside with the same arguments; make it "
+                "with graph=None, since a captured call leaves none."
             )
         return recording, run
 
