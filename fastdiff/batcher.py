@@ -197,7 +197,7 @@ class Batcher:
             )
         check_outside(self._run.spec.device, "Batcher: add() counts places")
         place = self._left.index(0)
-        self._run.use.follow()
+        self._run.follow()
         with torch.no_grad():
             self._seat(place, x, chosen, seeds)
             branches = self._job.guidance.branches
@@ -249,7 +249,7 @@ class Batcher:
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
         check_outside(self._run.spec.device, "Batcher: step() counts places")
-        self._run.use.follow()
+        self._run.follow()
         self._torn = True
         with torch.no_grad():
             if self._captures is None:

@@ -300,6 +300,17 @@ def test_what_a_recording_cannot_make_is_refused(change, recorder):
         sampler(x)
 
 
+@needs_core
+def test_a_captured_call_is_no_warm_up(recorder):
+    sampler, x = fd.Sampler(network, plan_of(), graph="loop"), torch.randn(2, 5)
+    sampler(x)
+    says = "make it with graph=None, since a captured call leaves none"
+    with recorder.recording("stream 1", "his"), pytest.raises(RuntimeError, match=says):
+        sampler(x)
+    sampler(x)
+    assert sampler.stats().captures == 1
+
+
 def test_streams_of_one_recording_wait_for_each_other(recorder, made):
     sampler, x = fd.Sampler(network, plan_of(), graph=None), torch.randn(2, 5)
     sampler(x)
@@ -326,6 +337,37 @@ def test_a_gradient_is_recorded_on_the_runs_of_its_warm_up(gradient, recorder, m
         assert torch.equal(found(), expected)
     assert len(made) == count
     assert recorder.waits == []
+
+
+class Drawing(torch.nn.Module):
+    """A network that draws, one way or another."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.scale = way, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, t):
+        if self.way == "dropout":
+            return torch.nn.functional.dropout(x * self.scale, 0.5)
+        if self.way == "noise":
+            return x * self.scale + torch.randn_like(x)
+        q = (x * self.scale)[None, None]
+        dropout = 0.5 if self.way == "attention with dropout" else 0.0
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropout)[0, 0]
+
+
+@pytest.mark.parametrize("way", ["dropout", "noise", "attention with dropout", "attention"])
+def test_a_network_that_draws_has_no_gradient_inside_somebodys_graph(way, recorder, monkeypatch):
+    """The numbers cannot be drawn again there: PyTorch shows no generator to who records."""
+    sampler, x = fd.Sampler(Drawing(way), plan_of(), gradient="discrete"), torch.randn(2, 5)
+    sampler(x).sum().backward()
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with recorder.recording("stream 0", "his"):
+        if way == "attention":
+            sampler(x).sum().backward()
+            return
+        with pytest.raises(NotImplementedError, match=r"random numbers again.*at stage 0.*eval"):
+            sampler(x)
 
 
 # -- which recording it is -------------------------------------------------------------------------

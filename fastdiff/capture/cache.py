@@ -102,7 +102,7 @@ class Captures:
         self._captures = self._replays = self._evictions = 0
         self._order, self._replayed = threading.RLock(), Use(device)
 
-    def _follow(self) -> Any:
+    def follow(self) -> Any:
         """Makes the current stream wait for the replay before, whichever entry it was of."""
         with self._order:
             return self._replayed.follow()
@@ -111,11 +111,11 @@ class Captures:
     def turn(self, entry: Entry) -> Iterator[None]:
         """A scope in which the caller alone fills an entry, launches it and copies the result."""
         with entry.lock:
-            self._follow()
+            self.follow()
             try:
                 yield
             finally:
-                stream = self._follow()  # who comes next also waits for what was copied out
+                stream = self.follow()  # who comes next also waits for what was copied out
                 if entry.use is not None:
                     entry.use.used(stream)
 
@@ -289,7 +289,7 @@ class Captures:
                 compare(expected, result(), weights)
                 done = True
             finally:
-                use.used(self._follow())
+                use.used(self.follow())
                 if not done:
                     rewind()
                     if not self._entries:

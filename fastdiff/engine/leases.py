@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 from .recordings import Recording, ours
 from .run import Run, Spec
@@ -52,25 +53,22 @@ class Leases:
             run = Run(spec)
         if recording is not None and run.recording is None:
             recording.hold(run)
-        run.use.follow()
+        run.follow()
         return run
 
     def _take(self, spec: Spec) -> Run | None:
         """An idle run that the current stream can use: one that it used last, if there is one."""
-        given_up = []
+        given_up: list[Any] = []
         with self._lock:
             idle = self._idle.setdefault(spec, [])
             self._idle.move_to_end(spec)
             while len(self._idle) > self._specs:
                 given_up.append(self._idle.popitem(last=False))
-            # where a network moved a run's memory, the run is of no use
-            idle[:] = [run for run in idle if run.in_place()]
-            found = next((run for run in reversed(idle) if run.use.here()), None)
-            if found is None:
-                found = next((run for run in reversed(idle) if run.use.reachable()), None)
-            if found is not None:
-                idle.remove(found)
-        return found  # the lock is free when what was given up ends
+            run = _nearest(idle)
+            while run is not None and not run.in_place():  # a network moved its memory
+                given_up.append(run)
+                run = _nearest(idle)
+        return run  # the lock is free when what was given up ends
 
     def _for_graph(self, capture: Hashable, spec: Spec) -> tuple[Recording, Run]:
         """A run for a graph that somebody records: the graph's own, or a warm one that becomes so.
@@ -88,7 +86,8 @@ class Leases:
             raise RuntimeError(
                 "sample: inside a graph that you record, a run takes registers that were made "
                 "before, and keeps them for that graph; got none idle of this shape and kind. "
-                "Before each recording, call the sampler once outside with the same arguments."
+                "Before each recording, call the sampler once outside with the same arguments; "
+                "make it with graph=None, since a captured call leaves none."
             )
         return recording, run
 
@@ -121,3 +120,13 @@ class Leases:
             given_up = list(self._idle.values())
             self._idle.clear()
         del given_up  # the lock is free when they end
+
+
+def _nearest(idle: list[Run]) -> Run | None:
+    """Takes out a run that the current stream used last, or else one that it can wait for."""
+    near = (run for run in reversed(idle) if run.use.here())
+    far = (run for run in reversed(idle) if run.use.reachable())
+    run = next(near, None) or next(far, None)
+    if run is not None:
+        idle.remove(run)
+    return run

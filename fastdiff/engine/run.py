@@ -346,6 +346,10 @@ class Run:
         held = (*vars(self.registers).values(), self.times, self.time, self.index, self.clock)
         return [tensor for tensor in (*held, self.table) if isinstance(tensor, torch.Tensor)]
 
+    def follow(self) -> None:
+        """Makes the current stream wait for the run before on this memory."""
+        self.use.follow()
+
     def __del__(self) -> None:
         if "use" in vars(self):
             self.use.end(dict(vars(self)))
