@@ -71,7 +71,7 @@ class Buffers:
             *(*self._held.tensors, *self._held.views),
         ]
         self._places = [tensor.data_ptr() for tensor in self._mine]
-        self._opaque = _opaque(self._held.cond)
+        self._uncapturable = _uncapturable(self._held.cond, call.x.device)
         self._spent: int | None = None  # the version of x as a run left it
         self._fits: Spec | None = None  # the spec that was last found to be this run's
         self._captures: Captures | None = None
@@ -228,10 +228,10 @@ class Buffers:
         if mode is None or (mode == "auto" and not capturable(backend)):
             return False
         check_capturable(backend)
-        if self._opaque is not None:
+        if self._uncapturable is not None:
             if mode == "auto":
                 return False
-            raise self._opaque
+            raise self._uncapturable
         if self._captures is None:
             self._captures = self._loops.apart(self, self.x.device)
         work, captures = _Loop(job, self._run, self._held, call), self._captures
@@ -264,11 +264,11 @@ _ALONE = "sample: buffers are made and run by themselves"
 _ADVICE = "Call the sampler itself there: it becomes part of what is around it."
 
 
-def _opaque(cond: Any) -> TypeError | None:
+def _uncapturable(cond: Any, device: torch.device) -> Exception | None:
     """Why a conditioning cannot be that of a captured loop, or None."""
     try:
-        flatten(cond)
-    except TypeError as error:
+        flatten(cond, device)
+    except (TypeError, ValueError) as error:
         return error
     return None
 

@@ -125,8 +125,8 @@ class LoopCaptures:
             return None
         check_capturable(kind[3])
         try:
-            described, leaves = flatten(call.cond)
-        except TypeError:
+            described, leaves = flatten(call.cond, call.x.device)
+        except (TypeError, ValueError):
             if automatic:
                 return None
             raise

@@ -108,7 +108,7 @@ def check_call(call: Call, plan: Plan) -> None:
         )
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
-    conditioning.check(call.cond, call.batch, len(plan.stages))
+    conditioning.check(call.cond, call.batch, len(plan.stages), device=call.x.device)
     if len(call.extras) != plan.extras:
         raise ValueError(
             f"sample: the plan reads {plan.extras} extra input registers; got "
