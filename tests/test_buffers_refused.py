@@ -212,14 +212,14 @@ def test_an_opaque_object_in_the_conditioning_is_refused_where_a_loop_is_capture
     assert recorder.recorded == 0
 
 
-def test_inside_another_recording_or_compilation_buffers_are_refused(recorder, monkeypatch):
+def test_inside_another_recording_or_compilation_buffers_are_refused(monkeypatch):
     sampler = fd.Sampler(network, PLAN, graph=None)
     buffers = sampler.buffers(LIKE)
-    monkeypatch.setattr(recorder, "recording", lambda: True)
+    monkeypatch.setattr("fastdiff.capture.buffers.capturing", lambda device: True)
     for use in (lambda: sampler.buffers(LIKE), buffers.run):
         with pytest.raises(RuntimeError, match="Call the sampler itself there"):
             use()
-    monkeypatch.setattr(recorder, "recording", lambda: False)
+    monkeypatch.setattr("fastdiff.capture.buffers.capturing", lambda device: False)
     compiled = torch.compile(lambda: buffers.run() + 1.0, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"torch\.compile around them"):
         compiled()

@@ -5,7 +5,6 @@ Two devices that are not there (tests/support/devices.py) show what depends on a
 """
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,20 +268,6 @@ def test_a_capture_rewinds_the_generator_of_its_device(monkeypatch):
         rewind()
     assert both[1].state is begin
     assert torch.equal(both[0].state, torch.ones(4))
-
-
-def test_the_streams_are_those_of_the_device_asked_for(monkeypatch):
-    class Stream(SimpleNamespace):
-        def wait_stream(self, other):
-            waits.append((self.device, other.device))
-
-    waits = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(device=device))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    second = torch.device("cuda", 1)
-    before = Stream(device="another")
-    assert streams.ordered(second, before).device == second
-    assert waits == [(second, "another")]
 
 
 def test_several_threads_run_on_devices_of_their_own(devices):

@@ -62,6 +62,7 @@ class Buffers:
         self._given_up, self._name = False, object()
         self._run = Run(self._spec(now))
         self._held = HeldConditioning(now.guidance, call.cond, call.batch)
+        self._run.beside += self._held.tensors
         self._run.load(now.plan, now.guidance)
         self._run.fill(call, now.plan)
         bank = self._run.registers.bank

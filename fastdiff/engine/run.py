@@ -121,6 +121,8 @@ class Run:
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
+        beside: Other tensors that the run's launches read, made where it was made: they live as
+            long as it does.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -157,6 +159,7 @@ class Run:
         self.model_times = list(self.times)
         self.inputs: list[torch.Tensor] = []
         self.measures: list[bool] = []
+        self.beside: list[torch.Tensor] = []
         self._bound: Any = None  # to the first rows, for which kernels are specialised
         self.stage: Callable[..., None] = _unbound
         self._first_row = 0
