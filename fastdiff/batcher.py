@@ -18,7 +18,8 @@ import torch
 from . import conditioning
 from .capture import CAPTURERS, Captures, Entry, Graph, Stats, graph_of
 from .capture.cache import check_outside
-from .capture.loops import bytes_of, capturable, check_capturable
+from .capture.loops import capturable, check_capturable
+from .capture.work import bytes_of
 from .conditioning import arguments_of, flatten, rebuild, varies
 from .engine.call import Seeds, seeds_on
 from .engine.job import Job

@@ -124,6 +124,8 @@ class Run:
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
         recording: Gives the `Recording` that the run belongs to; None: it serves any call.
         use: The streams that the memory is used on; whoever borrows it follows the one before.
+        beside: Other tensors that the run's launches read, made where it was made: they live as
+            long as it does.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -162,6 +164,7 @@ class Run:
         self.model_times = list(self.times)
         self.inputs: list[torch.Tensor] = []
         self.measures: list[bool] = []
+        self.beside: list[torch.Tensor] = []
         self._bound: Any = None  # to the first rows, for which kernels are specialised
         self.stage: Callable[..., None] = _unbound
         self._first_row = 0

@@ -129,7 +129,7 @@ def captured_run(
     x, plain = call.x, replace(call, x=call.x.detach())
     named = (*params, *tensors_in(call.cond), *call.extras)
     needs = tuple(tensor.requires_grad for tensor in (x, *named))
-    described, _ = flatten(call.cond)
+    described, _ = flatten(call.cond, x.device)
     of_job = (job.plan.handle, id(job.guidance), job.spec(x, call.offset), job.fresh_inputs)
     of_call = (x.dtype, needs, tuple(map(id, params)), described)
     key = (gradient, *of_job, *of_call, captures.environment())

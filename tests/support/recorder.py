@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import Counter
 
 import torch
 
@@ -40,7 +41,7 @@ class Recorder:
         self.bytes_each = 0
         self.watched = None  # the type of device for which a strict rehearsal may not wait
         self.poison = lambda: ()
-        self.recorded_in = {}  # bodies by pool
+        self.recorded_in = Counter()  # bodies by pool
 
     def environment(self, device):
         return self.facts
@@ -113,7 +114,7 @@ class Recorder:
         if self.failure is not None:
             raise self.failure
         self.recorded += 1
-        self.recorded_in.setdefault(pool, []).append(body)
+        self.recorded_in[pool] += 1
 
         def launch():
             self.launched += 1
@@ -126,7 +127,7 @@ class Recorder:
         return self.pools
 
     def pool_bytes(self, device, pool):
-        return len(self.recorded_in.get(pool, ())) * self.bytes_each
+        return self.recorded_in[pool] * self.bytes_each
 
 
 def capturers():
