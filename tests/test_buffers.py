@@ -386,6 +386,24 @@ def test_what_a_graph_reads_lives_as_long_as_the_run(recorder):
     assert y() is None
 
 
+@needs_core
+def test_a_capture_that_is_made_twice_for_its_bytes_starts_from_the_same_x(recorder):
+    recorder.bytes_each = 100
+    sampler = fd.Sampler(network, PLAN, graph=fd.Graph("loop", bytes=150))
+    buffers = sampler.buffers(LIKE)
+    for facts in ("autocast", None, "autocast"):
+        recorder.facts = facts
+        x = torch.randn(3, 5)
+        buffers.x.copy_(x)
+        assert torch.equal(buffers.run(), fd.sample(network, x, PLAN, graph=None))
+    assert sampler.stats().captures == 5  # the second and the third are made again alone
+    sampler = fd.Sampler(network, PLAN, graph=fd.Graph("loop", bytes=50))
+    buffers = sampler.buffers(x)
+    with pytest.raises(ValueError, match="may hold 50 bytes"):
+        buffers.run()
+    assert torch.equal(buffers.x, x)
+
+
 # -- on a device -----------------------------------------------------------------------------------
 
 
