@@ -384,3 +384,65 @@ def test_what_a_graph_reads_lives_as_long_as_the_run(recorder):
     del run
     gc.collect()
     assert y() is None
+
+
+@needs_core
+def test_a_capture_that_is_made_twice_for_its_bytes_starts_from_the_same_x(recorder):
+    recorder.bytes_each = 100
+    sampler = fd.Sampler(network, PLAN, graph=fd.Graph("loop", bytes=150))
+    buffers = sampler.buffers(LIKE)
+    for facts in ("autocast", None, "autocast"):
+        recorder.facts = facts
+        x = torch.randn(3, 5)
+        buffers.x.copy_(x)
+        assert torch.equal(buffers.run(), fd.sample(network, x, PLAN, graph=None))
+    assert sampler.stats().captures == 5  # the second and the third are made again alone
+    sampler = fd.Sampler(network, PLAN, graph=fd.Graph("loop", bytes=50))
+    buffers = sampler.buffers(x)
+    with pytest.raises(ValueError, match="may hold 50 bytes"):
+        buffers.run()
+    assert torch.equal(buffers.x, x)
+
+
+# -- on a device -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guidance", [None, fd.CFG(2.0, uncond={"y": -1.0})])
+def test_gpu_a_run_on_buffers_is_one_launch_and_no_operation(guidance):
+    plan = plan_of("ddpm")
+    x, y = torch.randn(3, 5).cuda(), torch.randn(3).cuda()
+    expected = fd.sample(network, x, plan, cond={"y": y}, guidance=guidance, seed=1, graph=None)
+    sampler = fd.Sampler(network, plan, guidance=guidance, graph="loop")
+    buffers = sampler.buffers(torch.zeros_like(x), {"y": torch.zeros_like(y)}, seed=1)
+    buffers.run()
+    replays = sampler.stats().replays
+    for _ in range(3):
+        buffers.x.copy_(x)
+        buffers.cond["y"].copy_(y)
+        torch.cuda.synchronize()
+        allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+        with Operations() as counted:
+            result = buffers.run()
+        assert counted.names == []
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated
+        assert torch.equal(result, expected)
+    assert sampler.stats().replays == replays + 3
+
+
+@pytest.mark.gpu
+def test_gpu_buffers_may_be_filled_and_dropped_on_another_stream():
+    plan, x = plan_of(), torch.randn(64, 5).cuda()
+    expected = fd.sample(network, x, plan, graph=None)
+    sampler, side = fd.Sampler(network, plan, graph="loop"), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        buffers = sampler.buffers(x)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            buffers.x.copy_(x)
+            result = buffers.run().clone()
+        del buffers
+        torch.empty(64, 5, device="cuda").fill_(torch.nan)  # where the allocator may put it
+        torch.cuda.current_stream().wait_stream(side)
+        assert torch.equal(result, expected)

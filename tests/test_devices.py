@@ -288,3 +288,18 @@ def test_several_threads_run_on_devices_of_their_own(devices):
             assert result.device == device
             assert torch.equal(here(result), expected(x))
     assert len(results) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [None, "loop", "stage"])
+def test_gpu_a_run_on_the_second_device_leaves_the_current_one(graph):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    x = torch.randn(3, 5)
+    expected = fd.sample(network, x, PLAN, seed=3)
+    sampler = fd.Sampler(network, PLAN, graph=graph)
+    for _ in range(2):
+        result = sampler(x.to("cuda:1"), seed=3)
+        assert result.device == torch.device("cuda", 1)
+        assert torch.allclose(result.cpu(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.cuda.current_device() == 0

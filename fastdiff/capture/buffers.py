@@ -285,7 +285,8 @@ class _Loop:
     start: torch.Tensor | None = None  # x as it was before a capture
 
     def build(self) -> Entry:
-        self.start = self.run.registers.x.clone()
+        if self.start is None:  # a capture may be made a second time, alone
+            self.start = self.run.registers.x.clone()
         return Entry(self.run, 0)
 
     def run_through(self, entry: Entry, step: Callable[[Any], None]) -> None:
