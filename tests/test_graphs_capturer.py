@@ -125,6 +125,7 @@ def test_an_ordinary_rehearsal_does_not_touch_the_mode(fake, alone):
     assert fake.modes == []
 
 
+@pytest.mark.skipif(not cuda.AVAILABLE, reason="this PyTorch's modes break higher-order operators")
 def test_waits_are_found_while_other_threads_live(fake, monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 3)
     capturer = cuda.CudaCapturer()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastdiff.capture.waits import waits
+from fastdiff.capture.waits import AVAILABLE, waits
 
 X = torch.randn(4, 4)
 MASK, ROWS, TIMES = X > 0, torch.tensor([0, 2]), torch.ones(4, dtype=torch.long)
@@ -137,6 +137,7 @@ def test_other_threads_wait_as_they_like():
     assert float(X.sum()) == found[0]  # the scope has ended
 
 
+@pytest.mark.skipif(not AVAILABLE, reason="this PyTorch's modes break higher-order operators")
 def test_operators_of_higher_order_pass():
     with waits("cpu"):
         result = torch.ops.higher_order.cond(MASK.any(), torch.sin, torch.cos, (X,))
