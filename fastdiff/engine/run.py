@@ -118,11 +118,11 @@ class Run:
         times: The network's t at each stage, [stages, G * B].
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
+        beside: Other tensors that the run's launches read, made where it was made: they live as
+            long as it does.
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
-        beside: Other tensors that the run's launches read, made where it was made: they live as
-            long as it does.
     """
 
     def __init__(self, spec: Spec) -> None:
