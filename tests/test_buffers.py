@@ -16,6 +16,7 @@ from support.memory import Peak
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff as fd
+from fastdiff.engine.run import Run
 
 PLAN = plan_of("deis-3", 6)
 LIKE = torch.zeros(3, 5)
@@ -402,6 +403,25 @@ def test_a_capture_that_is_made_twice_for_its_bytes_starts_from_the_same_x(recor
     with pytest.raises(ValueError, match="may hold 50 bytes"):
         buffers.run()
     assert torch.equal(buffers.x, x)
+
+
+@needs_core
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_run_on_another_stream_waits_before_it_writes_anything(captured, recorder, monkeypatch):
+    sampler = fd.Sampler(network, PLAN, graph="loop" if captured else None)
+    buffers = sampler.buffers(LIKE)
+    buffers.run()
+    waited, load = [], Run.load
+
+    def noted(run, *what):
+        waited.append(recorder.followed)
+        return load(run, *what)
+
+    monkeypatch.setattr(Run, "load", noted)
+    before, recorder.here = recorder.followed, "stream 1"
+    buffers.run(filled=True)
+    assert waited
+    assert min(waited) > before
 
 
 # -- on a device -----------------------------------------------------------------------------------

@@ -131,8 +131,8 @@ class Buffers:
             job, profiled = self._job(), profiling()
             self._check(job, filled)
             with torch.no_grad(), span(profiled, "sample", job.plan.solver, len(job.plan.stages)):
+                self._run.follow()
                 self._fit(job)
-                self._run.use.follow()
                 self._sample(job, profiled)
         finally:
             self._busy.release()

@@ -119,13 +119,13 @@ class Run:
         times: The network's t at each stage, [stages, G * B].
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
+        beside: Other tensors that the run's launches read, made where it was made: they live as
+            long as it does.
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
         recording: Gives the `Recording` that the run belongs to; None: it serves any call.
         use: The streams that the memory is used on; whoever borrows it follows the one before.
-        beside: Other tensors that the run's launches read, made where it was made: they live as
-            long as it does.
     """
 
     def __init__(self, spec: Spec) -> None:
