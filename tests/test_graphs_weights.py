@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastdiff as fd
 from fastdiff import capture
+from fastdiff.capture.weights import Weights
 
 
 def _in_place(net):
@@ -429,3 +430,15 @@ def test_a_plan_crosses_processes_as_text():
     again = fd.Plan.from_json(plan.to_json())
     assert again == plan
     assert again.structure == plan.structure
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_number_on_the_host_is_a_constant_of_the_graph(dtype):
+    net = Net()
+    net.scale = torch.ones((), dtype=dtype)
+    elsewhere = Weights(net, torch.device("meta"))
+    here = Weights(net, torch.device("cpu"))
+    assert not elsewhere.moved()
+    net.scale.zero_()
+    assert elsewhere.moved()
+    assert not here.moved()

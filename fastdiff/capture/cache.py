@@ -264,7 +264,7 @@ class Captures:
             try:
                 run_through(rehearsal(False))
                 rewind()
-                entry.weights = weights = Weights(network)
+                entry.weights = weights = Weights(network, device)
                 graphs: dict[Hashable, Callable[[], None]] = {}
                 try:
                     run_through(rehearsal(True))

@@ -36,9 +36,16 @@ class Weights:
     globals that a function names, attributes of plain objects, lists, tuples, sets, deques and
     dicts. `_DEPTH` objects are followed from the network, and as many from each of its modules.
     Changed Python values, such as a scale or an added hook, are not seen.
+
+    Args:
+        network: What is captured.
+        device: Where. Kernels there take the number of a 0-dim tensor on the host as an argument,
+            which a graph keeps: such a tensor has moved where its number has changed.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, device: torch.device) -> None:
+        self._device = device
+        self._numbers: list[tuple[torch.Tensor, Any]] = []  # of 0-dim tensors elsewhere
         # what leads to a tensor, or a module's mode, and how to look up what stands in its place
         self._looks: list[Callable[[Any], Any]] = []
         self._names: list[Any] = []
@@ -113,6 +120,8 @@ class Weights:
             self._tensors.append(tensor)
             self._addresses.append(address)
             self._memory.append(tensor.untyped_storage())
+            if tensor.ndim == 0 and tensor.device != self._device and tensor.device.type == "cpu":
+                self._numbers.append((tensor, _number(tensor)))
         if hasattr(tensor, "__tensor_flatten__"):  # a tensor made of others
             self._follow(tensor.__dict__, _DEPTH)
 
@@ -151,13 +160,16 @@ class Weights:
     # -- whether they lie there still ------------------------------------------------------------
 
     def moved(self) -> bool:
-        """Whether a tensor or a submodule was replaced, or train() or eval() called."""
+        """Whether a tensor or a submodule was replaced, train() or eval() called, or the number of
+        a 0-dim tensor on the host changed."""
         try:
             looks, names = self._looks, self._names
             found = map(operator.call, looks, names)
             if not all(map(operator.is_, found, self._values)):
                 return True
-            return list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+            if list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses:
+                return True
+            return any(_number(tensor) != number for tensor, number in self._numbers)
         except (LookupError, RuntimeError, ValueError):  # a list, a storage or a cell is empty
             return True
 
@@ -206,6 +218,7 @@ class Weights:
         self._addresses = [self._addresses[i] for i in still]
         self._memory = [self._memory[i] for i in still]
         self._versions = [self._versions[i] for i in still]
+        self._numbers = [pair for pair in self._numbers if id(pair[0]) not in gone]
 
     def _standing(self, i: int) -> Any:
         with contextlib.suppress(LookupError, ValueError):
@@ -229,6 +242,11 @@ def _can_poison(value: Any) -> bool:
 
 def _poisoned(value: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda t: torch.full_like(t.detach(), float("nan")), value)
+
+
+def _number(tensor: torch.Tensor) -> bytes:
+    """The bits of a 0-dim tensor on the host, by which NaN equals itself."""
+    return tensor.detach().reshape(1).view(torch.uint8).numpy().tobytes()
 
 
 def _address(tensor: torch.Tensor) -> int:
