@@ -19,17 +19,9 @@ from typing import Any
 
 import click
 import torch
+from command import names, option, whole_numbers
 from gradient_gate import gate
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import names, option, whole_numbers
-from harness.gate import GateError, agree
-from harness.machine import installed
-from harness.memory import peak_bytes
-from harness.records import Record, record
-from harness.text import reason
-from harness.timing import Rival, executed, race, wait
-from problems.flows import Flow, vp_plan
-from problems.networks import Dit, Mlp
+from problems.networks import Dit
 from reports import gradients as report
 from reports.gradients import (
     ADJOINT,
@@ -49,6 +41,15 @@ from rivals import torchdiffeq
 from rivals.autograd import Run, bare, recomputed
 
 import fastdiff as fd
+from fastdiff.bench.flows import Flow, vp_plan
+from fastdiff.bench.gate import GateError, agree
+from fastdiff.bench.machine import installed
+from fastdiff.bench.memory import peak_bytes
+from fastdiff.bench.networks import Mlp
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
+from fastdiff.bench.text import reason
+from fastdiff.bench.timing import Rival, executed, race, wait
 
 PARTS = ("time", "memory")
 MEMORY_STEPS = (10, 50, 100)

@@ -20,14 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from harness.bench import Bench, Job, Setting
-from harness.command import names, option
-from harness.gate import agree
-from harness.machine import installed
-from harness.records import Record, record
-from harness.text import reason
-from harness.timing import Rival, Timing, executed, race, wait
-from problems.loops import BORROWED, TITLES, Case, Loop, Parts, parts_of
+from command import names, option
+from problems.loops import BORROWED, TITLES, Case, parts_of
 from reports import loop as report
 from reports.loop import (
     CAPTURED,
@@ -45,11 +39,19 @@ from reports.loop import (
     WAITED,
 )
 from rivals import diffusers
-from rivals.captured import Graphed, capture, replay_alone
+from rivals.captured import Graphed
 from rivals.compiled import compiled_loops, compiled_network, drop
 
 import fastdiff as fd
 from fastdiff import backends
+from fastdiff.bench.captured import capture, replay_alone
+from fastdiff.bench.gate import agree
+from fastdiff.bench.machine import installed
+from fastdiff.bench.problems import Loop, Parts
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.runs import Bench, Job, Setting
+from fastdiff.bench.text import reason
+from fastdiff.bench.timing import Rival, Timing, executed, race, wait
 
 # Guesses of the seconds that a cell takes on an H200, and of what the compiler adds.
 SECONDS = {"null": 5, "mlp": 6, "conv": 8, "dit": 15, "unet": 40}

@@ -19,14 +19,18 @@ from collections.abc import Callable
 
 import click
 import torch
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import option
-from harness.gate import GateError, agree
-from harness.machine import GIB, MIB, cache_bytes, free_bytes, installed
-from harness.records import Record, record
-from harness.text import reason
-from harness.timing import Calls, take_turns
-from problems.rows import (
+from command import option
+from reports import stage as report
+from reports.stage import COPY, EAGER, INDUCTOR, LARGE, LAUNCHER, THEIRS
+from rivals import diffusers
+from rivals.eager import compiled_update, eager_of
+
+from fastdiff import backends
+from fastdiff.backends import BoundStage
+from fastdiff.bench.gate import GateError, agree
+from fastdiff.bench.machine import GIB, MIB, cache_bytes, free_bytes, installed
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.rows import (
     Case,
     Shape,
     bind,
@@ -35,13 +39,9 @@ from problems.rows import (
     register_text,
     registers_of,
 )
-from reports import stage as report
-from reports.stage import COPY, EAGER, INDUCTOR, LARGE, LAUNCHER, THEIRS
-from rivals import diffusers
-from rivals.eager import compiled_update, eager_of
-
-from fastdiff import backends
-from fastdiff.backends import BoundStage
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
+from fastdiff.bench.text import reason
+from fastdiff.bench.timing import Calls, take_turns
 
 
 def available(device: torch.device) -> list[str]:

@@ -12,6 +12,8 @@ something failed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bench_adjoint
 import bench_gradients
 import bench_loop
@@ -19,9 +21,11 @@ import bench_order
 import bench_stage
 import bench_step
 import click
-from harness.command import command_of
-from harness.machine import ROOT
+from command import command_of
 from reports.pages import write_pages
+
+ROOT = Path(__file__).resolve().parent.parent
+
 
 # A benchmark joins by its line here.
 BENCHES = (

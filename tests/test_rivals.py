@@ -11,6 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import fastdiff as fd
+from fastdiff.bench import gate, rows
+from fastdiff.bench.flows import Flow, vp_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -24,13 +26,7 @@ def load(name):
     return importlib.import_module(name)
 
 
-gate, rows, flows, loops, eager = (
-    load(name)
-    for name in (
-        *("harness.gate", "problems.rows", "problems.flows", "problems.loops"),
-        "rivals.eager",
-    )
-)
+flows, loops, eager = (load(name) for name in ("problems.flows", "problems.loops", "rivals.eager"))
 
 
 def invoke(name, *arguments, code=0):
@@ -90,7 +86,7 @@ def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
 def test_a_wrong_loop_is_not_timed(monkeypatch):
     loop = load("bench_loop")
     parts = loops.parts_of(loops.Case("mlp", (2, 16), 10), CPU)
-    ddim = load("problems.plans").plan_on_training_times("ddim", 10)
+    ddim = importlib.import_module("fastdiff.bench.problems").plan_on_training_times("ddim", 10)
     wrong = fd.sample(parts.network, parts.start, ddim, cond=parts.cond)
     with pytest.raises(gate.GateError, match=r"diffusers eager, MLP \[2,16\]"):
         loop.gate(parts, {"diffusers eager": lambda: wrong}, loop.reference(parts))
@@ -202,8 +198,8 @@ def test_loops_compiled_whole_end_where_the_reference_does():
 
 def test_a_fine_path_has_the_noise_of_the_coarse_one():
     network = lambda x, t: torch.full_like(x, 0.3)  # noqa: E731
-    flow = flows.Flow("", network, "x0", torch.randn(3, 4).double())
-    plan = flows.vp_plan(flow, "ddim", 4, eta=1.0)
+    flow = Flow("", network, "x0", torch.randn(3, 4).double())
+    plan = vp_plan(flow, "ddim", 4, eta=1.0)
     fine, xi = load("bench_adjoint").path_of(flow, plan, 8, seed=0)
     assert len(fine.stages) == len(xi) == 4 * 8
     # the network says the same everywhere, so both end where the path takes them

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from harness.records import Record
-from harness.text import microseconds, number, table
-from harness.text import size as size_text
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import microseconds, number, table
+from fastdiff.bench.text import size as size_text
 
 BARE = "bare network"
 DISCRETE, SEGMENTS = "discrete", "discrete, a checkpoint every {} steps"

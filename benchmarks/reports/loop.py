@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness.records import Record
-from harness.text import microseconds, number, table
 from problems.loops import Case
 from rivals.compiled import AS_ONE, OPERATOR, TRACED
+
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import microseconds, number, table
 
 EAGER, STAGE, LOOP = "fastdiff eager", "fastdiff, stage graph", "fastdiff, loop graph"
 REPLAY = "fastdiff, loop graph, its replay alone"

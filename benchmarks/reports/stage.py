@@ -8,10 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from harness.machine import MIB
-from harness.records import Record
-from harness.text import number, table
-from problems.rows import SHOWN, TINY, Case, all_cases, register_text
+
+from fastdiff.bench.machine import MIB
+from fastdiff.bench.records import Record
+from fastdiff.bench.rows import SHOWN, TINY, Case, all_cases, register_text
+from fastdiff.bench.text import number, table
 
 LARGE = 64 * MIB  # registers from here on are held to `SHARE`
 SHARE = 0.90

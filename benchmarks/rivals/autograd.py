@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from problems.flows import Flow
 from torch.utils.checkpoint import checkpoint
+
+from fastdiff.bench.flows import Flow
 
 Run = Callable[[], Sequence[torch.Tensor | None]]
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from problems.rows import A_X, B_J, C, Case, P
 
 import fastdiff as fd
 from fastdiff.backends import Registers
+from fastdiff.bench.rows import A_X, B_J, C, Case, P
 
 
 class Hoisted:

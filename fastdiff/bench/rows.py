@@ -8,16 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
 
 import torch
-from harness.machine import GIB, KIB, MIB
-from harness.traffic import stage_bytes
 
-from fastdiff import backends
-from fastdiff.backends import BoundStage, Registers
-from fastdiff.plans import EVALUATE, Layout, Plan, Stage, Transposed
+from .. import backends
+from ..backends import BoundStage, Registers
+from ..plans import Plan, Stage
+from .machine import GIB, KIB, MIB
+from .traffic import Backward, stage_bytes
 
 SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))
 TINY = ((65536, 16), (4096, 64))
@@ -25,30 +23,6 @@ P, A_X, C = -0.25, 0.5, 0.1
 B_J = (0.3, -0.2, 0.1, -0.05)  # of h and of earlier outputs: sums under 1, so that x stays bounded
 GUIDANCE = ((1.0,), (3.0, -2.0))
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Backward:
-    """A transposed plan with the attributes that are read of a plan."""
-
-    transposed: Transposed
-
-    @property
-    def layout(self) -> Layout:
-        return self.transposed.layout
-
-    @property
-    def slots(self) -> int:
-        return self.transposed.slots
-
-    @property
-    def stages(self) -> tuple[Any, ...]:
-        """Whether each row evaluates; row 0 makes h_bar of the last stage and evaluates nothing."""
-        flags = (row.flags for row in self.transposed.rows)
-        return tuple(SimpleNamespace(evaluate=bool(f & EVALUATE)) for f in flags)
-
-    def pack(self, weights: Sequence[float]) -> Any:
-        return self.transposed.pack(len(weights))
 
 
 @dataclass(frozen=True)
