@@ -11,7 +11,8 @@ import torch
 from click.testing import CliRunner
 
 import fastdiff as fd
-from fastdiff.bench import gate, rows
+from fastdiff.bench import captured, gate, gradients, rows, stages
+from fastdiff.bench import loops as sampling_loops
 from fastdiff.bench.flows import Flow, vp_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,27 +46,27 @@ def needs(package):
 
 def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
     stage = load("bench_stage")
-    stage.gate(rows.CHOSEN[-1], CPU)
+    stages.gate(rows.CHOSEN[-1], CPU)
     real = fd.backends.get("cpu")
 
     class Wrong:
         missing = staticmethod(lambda: None)
+        supports = staticmethod(lambda *asked: None)
 
         @staticmethod
         def bind(registers, table, layout):
             registers.x.view(torch.int32)[0, 0] += 1024
             return real.bind(registers, table, layout)
 
-    monkeypatch.setattr(stage, "available", lambda device: ["wrong"])
+    monkeypatch.setattr(stages, "available", lambda device: ["wrong"])
     monkeypatch.setattr(fd.backends, "get", lambda name: Wrong if name == "wrong" else real)
     monkeypatch.setattr(stage, "measure", lambda *a: pytest.fail("it timed"))
     with pytest.raises(gate.GateError, match="to the bit"):
-        stage.gate(rows.Case(), CPU)
+        stages.gate(rows.Case(), CPU)
     assert "6 gates stayed shut" in invoke("stage", "--device", "cpu", "--largest", 0.07, code=1)
 
 
 def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
-    stage = load("bench_stage")
     real = fd.backends.get("cpu")
 
     class Refusing:
@@ -76,11 +77,13 @@ def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
         def check(self):
             raise ValueError("the device refused a row")
 
-    backend = types.SimpleNamespace(missing=lambda: None, bind=Refusing)
-    monkeypatch.setattr(stage, "available", lambda device: ["refusing"])
+    backend = types.SimpleNamespace(
+        missing=lambda: None, supports=lambda *asked: None, bind=Refusing
+    )
+    monkeypatch.setattr(stages, "available", lambda device: ["refusing"])
     monkeypatch.setattr(fd.backends, "get", lambda name: backend if name == "refusing" else real)
     with pytest.raises(ValueError, match="the device refused a row"):
-        stage.gate(rows.Case(), CPU)
+        stages.gate(rows.Case(), CPU)
 
 
 def test_a_wrong_loop_is_not_timed(monkeypatch):
@@ -91,7 +94,7 @@ def test_a_wrong_loop_is_not_timed(monkeypatch):
     with pytest.raises(gate.GateError, match=r"diffusers eager, MLP \[2,16\]"):
         loop.gate(parts, {"diffusers eager": lambda: wrong}, loop.reference(parts))
     monkeypatch.setattr(loop, "reference", lambda parts: 1.001 * parts.start)
-    monkeypatch.setattr(loop, "race", lambda *a, **k: pytest.fail("it timed"))
+    monkeypatch.setattr(sampling_loops, "race", lambda *a, **k: pytest.fail("it timed"))
     output = invoke("loop", "--device", "cpu", "--case", "null", code=1)
     assert "1 gates stayed shut" in output
     assert "fastdiff eager |" not in output
@@ -108,7 +111,7 @@ def test_a_wrong_solver_of_diffusers_is_not_compared(monkeypatch):
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch):
-    shared, module = load("gradient_gate"), load("bench_gradients")
+    shared = load("gradient_gate")
     real = shared.gradients
 
     def wrong(flow, plan, gradient, **options):
@@ -118,7 +121,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
         return found
 
     monkeypatch.setattr(shared, "gradients", wrong)
-    monkeypatch.setattr(module, "race", lambda *a, **k: pytest.fail("it timed"))
+    monkeypatch.setattr(gradients, "race", lambda *a, **k: pytest.fail("it timed"))
     output = invoke("gradients", "--part", "time", "--device", "cpu", code=1)
     assert "Gate: gradients: GateError: AdjointDEIS(2), of theta" in output
 
@@ -160,10 +163,9 @@ def test_triton_passes_the_gate_of_the_stage(monkeypatch):
     triton = pytest.importorskip("triton", reason="pip install triton")
     if torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("for the interpreter of triton 3.9 or newer, which fuses fma")
-    stage = load("bench_stage")
-    monkeypatch.setattr(stage, "available", lambda device: ["triton", "torch"])
+    monkeypatch.setattr(stages, "available", lambda device: ["triton", "torch"])
     for case in rows.CHOSEN:
-        stage.gate(case, CPU, (2, 80))
+        stages.gate(case, CPU, (2, 80))
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
@@ -173,7 +175,7 @@ def test_the_rivals_of_a_loop_end_where_it_ends(kind, recorder):
     shape = {"null": (2, 3, 4, 4), "mlp": (2, 16), "conv": (2, 16, 3)}[kind]
     parts = loops.parts_of(loops.Case(kind, shape, 5, small=True), CPU)
     made = {graph: loop.ours(parts, graph) for graph in (None, "stage", "loop")}
-    made |= {"replay": loop.replay_alone(parts), "alone": loop.alone(parts)}
+    made |= {"replay": captured.replay_alone(parts), "alone": loop.alone(parts)}
     if loop.installed("diffusers"):
         made["diffusers"] = load("rivals.diffusers").loop_around(parts)
     with torch.no_grad():

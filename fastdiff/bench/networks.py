@@ -24,8 +24,8 @@ class Feed:
 
 
 def constant(output: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A network that returns one tensor."""
-    return lambda x, t: output
+    """A network that returns one tensor, whatever it is given."""
+    return lambda x, t, **cond: output
 
 
 class TimeEmbedding(nn.Module):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -114,3 +114,14 @@ def parts_of(
     if plan is None:
         plan = plan_on_training_times("dpmpp-2m", case.steps, lower_order_final=False)
     return Parts(case, network, cond, start, plan)
+
+
+def guided(parts: Parts, scale: float = 3.0) -> tuple[Parts, fd.CFG]:
+    """The same under classifier-free guidance: two branches in one call of the network."""
+    network, cond, start = parts.network, parts.cond, parts.start
+    if parts.case.kind == "null":
+        cond = {"cond": torch.ones(len(start), device=start.device)}
+        out = network(start, parts.time())
+        network = constant(torch.cat([0.5 * out, out]))
+    uncond = {name: torch.zeros_like(value) for name, value in cond.items()}
+    return replace(parts, network=network, cond=cond), fd.CFG(scale, uncond=uncond)

@@ -23,6 +23,7 @@ MEASURED = (
     *("best", "p20", "median", "p80", "rounds", "error"),
     *("bandwidth", "bandwidth_median", "share", "share_median"),
     *("host", "host_p20", "host_p80"),
+    *("launches", "registers", "spills"),
 )
 
 
