@@ -18,17 +18,27 @@ def test_operations_are_counted_without_views():
     assert counts.Count(None).values() == {}
 
 
-def test_kernels_of_the_cuda_part_are_told_by_the_longest_name(monkeypatch):
+def test_kernels_of_the_cuda_part_are_found_by_what_a_profiler_calls_them(monkeypatch):
     table = [
-        ("stage<float, float>", 40, 0, 0, 1024, 4),
-        ("noisy_stage<float, float>", 63, 16, 0, 1024, 4),
+        ("stage_shared float32 float32", 40, 0, 0, 256, 4),
+        ("stage_shared float32 bfloat16", 63, 16, 0, 256, 4),
+        ("stage_samples grown float64 float16", 90, 0, 0, 256, 2),
     ]
-    core = types.SimpleNamespace(kernels=lambda: table)
+    asked = []
+    core = types.SimpleNamespace(kernels=lambda index: asked.append(index) or table)
     monkeypatch.setattr(counts._core, "cuda_core", lambda: (core, None))
-    launched = ["void fastdiff::cuda::noisy_stage<float,float>(Arguments)", "elementwise_kernel"]
-    (kernel,) = counts.cuda_kernels(launched)
+    where = "void fastdiff::cuda::(anonymous namespace)::"
+    launched = [
+        f"{where}stage_shared<fastdiff::Row<float>, fastdiff::Bfloat16>(fastdiff::cuda::Launch)",
+        "void at::native::elementwise_kernel<128, 4, float>(int)",
+        f"{where}stage_shared<fastdiff::Row<float>, fastdiff::Bfloat16>(fastdiff::cuda::Launch)",
+    ]
+    (kernel,) = counts.cuda_kernels(launched, 3)
+    assert asked == [3]
     assert counts.Count(2, (kernel,)).values() == {"launches": 2, "registers": 63, "spills": 16}
-    for missing in (types.SimpleNamespace(kernels=lambda: None), types.SimpleNamespace(), None):
+    grown = f"{where}stage_samples<fastdiff::GrownRow<double>, fastdiff::Float16>(Launch)"
+    assert [k.registers for k in counts.cuda_kernels([grown])] == [90]
+    for missing in (types.SimpleNamespace(kernels=lambda index: None), None):
         monkeypatch.setattr(counts._core, "cuda_core", lambda missing=missing: (missing, "no"))
         assert counts.cuda_kernels(launched) == []
 
