@@ -5,9 +5,12 @@ import contextlib
 import sys
 import types
 
+import pytest
 import torch
+from click.testing import CliRunner
 
-from fastdiff.bench import captured, counts
+from fastdiff.bench import captured, counts, records
+from fastdiff.cli.app import commands
 
 CPU = torch.device("cpu")
 
@@ -90,3 +93,23 @@ def test_a_captured_body_is_warmed_up_and_replayed(monkeypatch):
     launch()
     assert ran == ["body"] * 4 + ["replay"]
     assert out == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["stage", "loop", "noise", "gradient"])
+def test_on_a_device_every_benchmark_runs_and_kernels_are_told(name, tmp_path):
+    path = tmp_path / "r.jsonl"
+    size = "64x16" if name == "gradient" else "4KiB"
+    given = ["bench", name, "--device", "cuda", "--size", size, "--rounds", "2", "--seconds", "0"]
+    done = CliRunner().invoke(commands, [*given, "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    found = records.read(path)
+    assert {r["device"] for r in found} == {"cuda"}
+    if name != "stage":
+        return
+    compiled = [r for r in found if r["rival"] in ("fastdiff cuda", "fastdiff triton")]
+    assert compiled
+    for r in compiled:
+        assert (r["launches"], r["spills"]) == (1, 0), r
+        assert 16 <= r["registers"] <= 255
+        assert f"{r['rival']}, in a graph" in {line["rival"] for line in found}
