@@ -26,6 +26,7 @@ FLOORS = (
     ("sampler", "batcher"),
     ("models",),
     ("",),
+    ("bench",),
     ("cli",),
 )
 LINES = {"fastdiff": 400, "kernels": 400, "csrc": 400, "tests": 500, "benchmarks": 300}

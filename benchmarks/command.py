@@ -11,8 +11,8 @@ from typing import Any
 import click
 import torch
 
-from .bench import Bench, Job, Run, Setting
-from .machine import machine
+from fastdiff.bench.machine import machine
+from fastdiff.bench.runs import Bench, Job, Run, Setting
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
