@@ -205,7 +205,7 @@ def page(title: str, about: str, phases: Sequence[Phase], results: Sequence[Resu
     return text
 
 
-def replace(path: Path, text: str) -> None:
+def put(path: Path, text: str) -> None:
     """Puts a text in a file's place in one step."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
