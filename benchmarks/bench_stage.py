@@ -29,7 +29,7 @@ from fastdiff import backends
 from fastdiff.bench import stages
 from fastdiff.bench.machine import MIB, installed
 from fastdiff.bench.records import Record
-from fastdiff.bench.rows import UNCACHED, Case, Shape, cells, register_text
+from fastdiff.bench.rows import CHOSEN, UNCACHED, Case, Shape, cells, register_text
 from fastdiff.bench.runs import Bench, Gate, Job, Setting
 from fastdiff.bench.stages import Bandwidth, Cell, Makers, available, copy_bandwidth, gate
 from fastdiff.bench.timing import Calls
@@ -104,7 +104,8 @@ def jobs(setting: Setting, *, largest: float | None, compiled: bool) -> list[Job
     copied = functools.cache(functools.partial(copy_bandwidth, setting, min(most, UNCACHED)))
     todo = [(case, shape, False) for case, shape in cells(setting.short, most)]
     if compiled:
-        todo += [(case, shape, True) for case, shape in cells(True, most)]
+        again = [cell for cell in cells(True, most) if cell[0] in CHOSEN]
+        todo += [(case, shape, True) for case, shape in again]
     found = []
     for case, shape, again in todo:
         run = functools.partial(measure, case, shape, setting, again, copied)

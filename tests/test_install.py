@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is built from the tree: what it holds, that it installs and samples, and what it needs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -80,7 +81,7 @@ print(fd.__file__)
 """
 
 
-def test_the_wheel_installs_into_a_clean_environment_and_samples(wheel, tmp_path):
+def test_the_wheel_installs_into_a_clean_environment_samples_and_measures(wheel, tmp_path):
     home = tmp_path / "environment"
     done = run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -96,6 +97,13 @@ def test_the_wheel_installs_into_a_clean_environment_and_samples(wheel, tmp_path
     done = run(python, "-c", SAMPLE, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(home), done.stdout
+    bench = ("-m", "fastdiff.cli", "bench", "stage", "--size", "64KiB", "--rounds", "1")
+    done = run(python, *bench, "--json", "r.jsonl", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    assert "no commit is known: the package as it is installed" in done.stdout
+    assert "fastdiff cpu" in done.stdout
+    (commit,) = {json.loads(line)["commit"] for line in (tmp_path / "r.jsonl").open()}
+    assert commit.startswith("version ")
 
 
 def test_an_installation_without_a_compiler_says_what_is_missing(tree, tmp_path):

@@ -44,6 +44,7 @@ class Case:
         theta: Whether the parameters want a gradient.
         steps: Of the run.
         dtype: Of the network, and of x.
+        width: Numbers that a policy acts with.
     """
 
     titles: ClassVar[Mapping[str, str]] = TITLES
@@ -53,6 +54,7 @@ class Case:
     theta: bool = False
     steps: int = 20
     dtype: torch.dtype = torch.float32
+    width: int = 16
 
     def __str__(self) -> str:
         name, wanted = self.titles[self.kind], "a_x and a_theta" if self.theta else "a_x"
@@ -68,7 +70,7 @@ def network_of(case: Case) -> Made:
     if case.kind == "digits":
         return fd.models.digits(), "v", (1, 8, 8), {"y": torch.arange(case.batch) % 10}
     cond = {"obs": torch.randn(case.batch, 32).to(case.dtype)}
-    return Mlp(16, 32), "epsilon", (16,), cond
+    return Mlp(case.width, 32), "epsilon", (case.width,), cond
 
 
 def flow_of(case: Case, device: torch.device, make: Callable[[Any], Made] = network_of) -> Flow:

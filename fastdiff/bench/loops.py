@@ -52,8 +52,15 @@ def ours(parts: Parts, graph: str | None, network: Any = None, how: How = How())
     called = parts.network if network is None else network
     options: dict[str, Any] = {"backend": how.backend, "guidance": how.guidance}
     sampler = fd.Sampler(called, parts.plan, graph=graph, dtype=parts.case.dtype, **options)
-    out = torch.empty_like(parts.start)
-    return functools.partial(sampler, parts.start, parts.cond or None, out=out)
+    given: dict[str, Any] = {"out": torch.empty_like(parts.start)}
+    if parts.plan.stochastic:
+        given["seed"] = seeds_of(parts)
+    return functools.partial(sampler, parts.start, parts.cond or None, **given)
+
+
+def seeds_of(parts: Parts) -> torch.Tensor:
+    """A seed for each sample, where a loop reads them."""
+    return torch.arange(len(parts.start), device=parts.start.device)
 
 
 def alone(parts: Parts, network: Any = None, branches: int = 1) -> Loop:
@@ -116,6 +123,8 @@ def reference(parts: Parts, how: How = How()) -> torch.Tensor:
     """The state in which a loop on the `torch` backend ends."""
     given = (parts.network, parts.start, parts.plan)
     options: dict[str, Any] = {"guidance": how.guidance, "dtype": parts.case.dtype}
+    if parts.plan.stochastic:
+        options["seed"] = seeds_of(parts)
     return fd.sample(*given, cond=parts.cond or None, backend="torch", graph=None, **options)
 
 

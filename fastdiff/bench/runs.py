@@ -153,7 +153,7 @@ class Run:
 
     def keep(self, found: list[Record]) -> None:
         self.records = merged(self.records, found)
-        if self.out is not None:
+        if self.out is not None and found:
             write(self.out, found)
         self.write_summary()
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `fastdiff bench` says of launches and kernels, with stand-ins for the device."""
+
+import contextlib
+import sys
+import types
+
+import torch
+
+from fastdiff.bench import captured, counts
+
+CPU = torch.device("cpu")
+
+
+def test_operations_are_counted_without_views():
+    x = torch.ones(4, 4)
+    assert counts.count(lambda: (x.t() + x.view(16).view(4, 4)).mul_(2.0), CPU, 3).launches == 2 + 3
+    assert counts.Count(None).values() == {}
+
+
+def test_kernels_of_the_cuda_part_are_told_by_the_longest_name(monkeypatch):
+    table = [
+        ("stage<float, float>", 40, 0, 0, 1024, 4),
+        ("noisy_stage<float, float>", 63, 16, 0, 1024, 4),
+    ]
+    core = types.SimpleNamespace(kernels=lambda: table)
+    monkeypatch.setattr(counts._core, "cuda_core", lambda: (core, None))
+    launched = ["void fastdiff::cuda::noisy_stage<float,float>(Arguments)", "elementwise_kernel"]
+    (kernel,) = counts.cuda_kernels(launched)
+    assert counts.Count(2, (kernel,)).values() == {"launches": 2, "registers": 63, "spills": 16}
+    for missing in (types.SimpleNamespace(kernels=lambda: None), types.SimpleNamespace(), None):
+        monkeypatch.setattr(counts._core, "cuda_core", lambda missing=missing: (missing, "no"))
+        assert counts.cuda_kernels(launched) == []
+
+
+def test_kernels_of_triton_are_those_that_were_launched(monkeypatch):
+    class Hooks(list):
+        add = list.append
+
+    def compiled(name, function, registers):
+        metadata = types.SimpleNamespace(name=name)
+        return types.SimpleNamespace(
+            metadata=metadata, function=function, n_regs=registers, n_spills=1
+        )
+
+    hooks = Hooks()
+    knobs = types.SimpleNamespace(runtime=types.SimpleNamespace(launch_enter_hook=hooks))
+    monkeypatch.setitem(sys.modules, "triton.knobs", knobs)
+    with counts.triton_launches() as handles:
+        hooks[0](types.SimpleNamespace(get=lambda: {"name": "stage_kernel", "function": 7}))
+    assert (hooks, handles) == ([], [7])
+    kernels = {"a": compiled("stage_kernel", 7, 40), "b": compiled("stage_kernel", 8, 90)}
+    function = types.SimpleNamespace(device_caches={0: (kernels, {}, None)})
+    module = types.SimpleNamespace(stage_kernel=function, other=3)
+    monkeypatch.setitem(sys.modules, "fastdiff.kernels.made_up", module)
+    assert counts.triton_kernels(handles) == [counts.Kernel("stage_kernel", 40, 1)]
+
+
+def test_a_captured_body_is_warmed_up_and_replayed(monkeypatch):
+    ran = []
+
+    class Graph:
+        def replay(self):
+            ran.append("replay")
+
+    def no_context(*arguments):
+        return contextlib.nullcontext()
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": no_context,
+        "graph": no_context,
+        "CUDAGraph": Graph,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    launch, out = captured.capture(lambda: ran.append("body") or len(ran))
+    launch()
+    assert ran == ["body"] * 4 + ["replay"]
+    assert out == 4
