@@ -366,6 +366,7 @@ def test_a_dry_run_on_the_cpu_goes_through_every_part(tmp_path):
         assert f"| {phase.name} | passed |" in text
     assert "skipped" in log
     assert "M=2 G=1 float32" in text
+    assert "M=3" not in text  # `--only`
     assert "not measured" in text
     for bench in ("stage", "loop"):
         rows = (tmp_path / f"{bench}.jsonl").read_text().splitlines()
