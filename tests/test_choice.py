@@ -299,10 +299,12 @@ def test_a_few_per_cent_do_not_change_the_order():
     assert fastest(0.96e-6, ("first", "third")) is None
 
 
-def test_a_table_may_come_with_the_package_and_the_users_own_goes_first(two, monkeypatch):
+def test_a_table_may_come_with_the_package_and_the_users_own_goes_first(two, monkeypatch, tmp_path):
     cell = ("float32", False, "small")
-    shipped = {("cpu", ""): {cell: {"first": 2e-6, "second": 1e-6}}}
-    monkeypatch.setattr(choice, "SHIPPED", shipped)
+    of = choice.DeviceClass("cpu", "", (("torch", "another"),))  # its versions do not count
+    shipped = choice.Table(of, {cell: {"first": 2e-6, "second": 1e-6}}, "")
+    monkeypatch.setattr(choice, "SHIPPED", tmp_path / "measured.json")
+    choice.write(choice.SHIPPED, [shipped])
     assert chosen() == "second"
     assert backends.table(CPU).source == "the package"
     Timer(monkeypatch, noisy_rows_are_second_s)
@@ -311,8 +313,10 @@ def test_a_table_may_come_with_the_package_and_the_users_own_goes_first(two, mon
 
 
 def test_tables_of_the_package_name_backends_and_cells_that_exist():
-    for table in choice.SHIPPED.values():
-        for (state, _, size), times in table.items():
+    assert choice.SHIPPED.exists()
+    for table in choice.read(choice.SHIPPED):
+        assert table.of.capability
+        for (state, _, size), times in table.cells.items():
             assert state in choice.STATES
             assert size in choice.NUMBERS
             assert set(times) <= set(backends.names())

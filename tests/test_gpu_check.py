@@ -274,6 +274,7 @@ def test_the_phases_come_by_worth_and_fit_in_their_minutes(tmp_path):
         assert len(rows | {"gpu-check.md", "gpu-check.log"}) <= 8
 
 
+@pytest.mark.slow
 def test_every_test_marked_gpu_is_in_one_phase():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu"]
     done = subprocess.run(
