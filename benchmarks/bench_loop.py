@@ -133,7 +133,9 @@ def measure(cell: Cell, setting: Setting, lost: list[str]) -> list[Record]:
     wanted = reference(parts)
     found = running(parts, makers(cell, parts, installed("diffusers")), lost)
     gate(parts, found, wanted)
-    chosen = backends.choose(None, torch.float32, case.dtype, device).name
+    chosen = backends.choose(
+        None, torch.float32, case.dtype, device, elements=parts.start.numel()
+    ).name
     times = timed(found, case.steps, setting)
     return records_of(parts, times, setting, compiled=cell.compiled, backend=chosen)
 

@@ -56,7 +56,7 @@ def shipped_files() -> set[str]:
     """What a wheel holds, read off the tree."""
     files = {"fastdiff/py.typed"}
     for folder, name in (("fastdiff", "fastdiff"), ("kernels", "fastdiff/kernels")):
-        for pattern in ("*.py", "*.safetensors"):
+        for pattern in ("*.py", "*.json", "*.safetensors"):
             files |= {
                 f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
                 for path in (ROOT / folder).rglob(pattern)

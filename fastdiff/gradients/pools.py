@@ -48,6 +48,11 @@ class Table:
             x: The state.
             backend: A backend's name; None: the fastest that can serve.
         """
+        serving = backends.choose(
+            *(backend, x.dtype, x.dtype, x.device, self.layout),
+            noisy=any(row.draws for row in self.rows),
+            elements=x.numel(),
+        )
         any_flag = 0
         for row in self.rows:
             any_flag |= row.flags
@@ -56,7 +61,7 @@ class Table:
             device=x.device,
             state=x.dtype,
             network=x.dtype,
-            backend=backends.choose(backend, x.dtype, x.dtype, x.device, self.layout).name,
+            backend=serving.name,
             layout=self.layout,
             rows=len(self.rows),
             slots=self.slots,
