@@ -5,9 +5,12 @@ import contextlib
 import sys
 import types
 
+import pytest
 import torch
+from click.testing import CliRunner
 
-from fastdiff.bench import captured, counts
+from fastdiff.bench import captured, counts, records
+from fastdiff.cli.app import commands
 
 CPU = torch.device("cpu")
 
@@ -18,17 +21,27 @@ def test_operations_are_counted_without_views():
     assert counts.Count(None).values() == {}
 
 
-def test_kernels_of_the_cuda_part_are_told_by_the_longest_name(monkeypatch):
+def test_kernels_of_the_cuda_part_are_found_by_what_a_profiler_calls_them(monkeypatch):
     table = [
-        ("stage<float, float>", 40, 0, 0, 1024, 4),
-        ("noisy_stage<float, float>", 63, 16, 0, 1024, 4),
+        ("stage_shared float32 float32", 40, 0, 0, 256, 4),
+        ("stage_shared float32 bfloat16", 63, 16, 0, 256, 4),
+        ("stage_samples grown float64 float16", 90, 0, 0, 256, 2),
     ]
-    core = types.SimpleNamespace(kernels=lambda: table)
+    asked = []
+    core = types.SimpleNamespace(kernels=lambda index: asked.append(index) or table)
     monkeypatch.setattr(counts._core, "cuda_core", lambda: (core, None))
-    launched = ["void fastdiff::cuda::noisy_stage<float,float>(Arguments)", "elementwise_kernel"]
-    (kernel,) = counts.cuda_kernels(launched)
+    where = "void fastdiff::cuda::(anonymous namespace)::"
+    launched = [
+        f"{where}stage_shared<fastdiff::Row<float>, fastdiff::Bfloat16>(fastdiff::cuda::Launch)",
+        "void at::native::elementwise_kernel<128, 4, float>(int)",
+        f"{where}stage_shared<fastdiff::Row<float>, fastdiff::Bfloat16>(fastdiff::cuda::Launch)",
+    ]
+    (kernel,) = counts.cuda_kernels(launched, 3)
+    assert asked == [3]
     assert counts.Count(2, (kernel,)).values() == {"launches": 2, "registers": 63, "spills": 16}
-    for missing in (types.SimpleNamespace(kernels=lambda: None), types.SimpleNamespace(), None):
+    grown = f"{where}stage_samples<fastdiff::GrownRow<double>, fastdiff::Float16>(Launch)"
+    assert [k.registers for k in counts.cuda_kernels([grown])] == [90]
+    for missing in (types.SimpleNamespace(kernels=lambda index: None), None):
         monkeypatch.setattr(counts._core, "cuda_core", lambda missing=missing: (missing, "no"))
         assert counts.cuda_kernels(launched) == []
 
@@ -80,3 +93,23 @@ def test_a_captured_body_is_warmed_up_and_replayed(monkeypatch):
     launch()
     assert ran == ["body"] * 4 + ["replay"]
     assert out == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["stage", "loop", "noise", "gradient"])
+def test_on_a_device_every_benchmark_runs_and_kernels_are_told(name, tmp_path):
+    path = tmp_path / "r.jsonl"
+    size = "64x16" if name == "gradient" else "4KiB"
+    given = ["bench", name, "--device", "cuda", "--size", size, "--rounds", "2", "--seconds", "0"]
+    done = CliRunner().invoke(commands, [*given, "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    found = records.read(path)
+    assert {r["device"] for r in found} == {"cuda"}
+    if name != "stage":
+        return
+    compiled = [r for r in found if r["rival"] in ("fastdiff cuda", "fastdiff triton")]
+    assert compiled
+    for r in compiled:
+        assert (r["launches"], r["spills"]) == (1, 0), r
+        assert 16 <= r["registers"] <= 255
+        assert f"{r['rival']}, in a graph" in {line["rival"] for line in found}

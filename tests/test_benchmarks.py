@@ -333,7 +333,7 @@ def ran(tmp_path_factory, small_gradients):
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
 @pytest.mark.parametrize("name", SMOKE)
 def test_a_bench_runs_and_reports_what_it_recorded(name, ran):
-    if name in ("step", "order"):
+    if name in ("step", "loop", "order"):
         needs("diffusers")
     output, found = ran(name)
     module = {b.name: b for b in load("run").BENCHES}[name]

@@ -102,7 +102,8 @@ def test_the_wheel_installs_into_a_clean_environment_samples_and_measures(wheel,
     assert done.returncode == 0, done.stderr
     assert "no commit is known: the package as it is installed" in done.stdout
     assert "fastdiff cpu" in done.stdout
-    (commit,) = {json.loads(line)["commit"] for line in (tmp_path / "r.jsonl").open()}
+    lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
+    (commit,) = {json.loads(line)["commit"] for line in lines}
     assert commit.startswith("version ")
 
 

@@ -7,6 +7,7 @@ Counting goes through a profiler, which slows what runs under it: it comes after
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _core
 
+# Of the network's output, by its type in C++.
+DTYPES = {"float": "float32", "double": "float64", "Bfloat16": "bfloat16", "Float16": "float16"}
 NOT_KERNELS = ("Memcpy", "Memset")
 
 
@@ -74,7 +77,7 @@ def count(run: Callable[[], Any], device: torch.device, calls: int = 0) -> Count
     with triton_launches() as handles:
         run()
         torch.cuda.synchronize(device)
-    kernels = [*cuda_kernels(names), *triton_kernels(handles)]
+    kernels = [*cuda_kernels(names, device.index or 0), *triton_kernels(handles)]
     return Count(len(names) or None, tuple(dict.fromkeys(kernels)))
 
 
@@ -103,21 +106,34 @@ def profiled(run: Callable[[], Any]) -> list[str]:
     return [e.name for e in events if not e.name.startswith(NOT_KERNELS)]
 
 
-def cuda_kernels(names: Iterable[str]) -> list[Kernel]:
-    """What the CUDA part says of those of its kernels that were launched."""
+def cuda_kernels(names: Iterable[str], index: int = 0) -> list[Kernel]:
+    """What the CUDA part says of those of its kernels that were launched.
+
+    Args:
+        names: Of kernels, as a profiler spells them.
+        index: The device's number.
+    """
     core, _ = _core.cuda_core()
-    rows = core.kernels() if core is not None and hasattr(core, "kernels") else None
-    known = {_bare(row[0]): Kernel(row[0], row[1], row[2]) for row in rows or ()}
-    found = []
-    for name in dict.fromkeys(names):
-        inside = [own for own in known if own in _bare(name)]
-        if inside:
-            found.append(known[max(inside, key=len)])
-    return found
+    tell = getattr(core, "kernels", None)
+    rows = tell(index) if tell is not None else None
+    known = {row[0]: Kernel(row[0], row[1], row[2]) for row in rows or ()}
+    spelled = (core_name(name) for name in dict.fromkeys(names))
+    return [known[name] for name in spelled if name in known]
 
 
-def _bare(name: str) -> str:
-    return name.replace(" ", "")
+def core_name(name: str) -> str | None:
+    """The CUDA part's name of one of its kernels, from the one in C++; None of any other kernel.
+
+    A `stage_shared<GrownRow<float>, Bfloat16>` is a "stage_shared grown float32 bfloat16".
+    """
+    found = re.search(r"fastdiff::cuda::.*?(\w+)<(.*)>\(", name)
+    if found is None:
+        return None
+    family, arguments = found.groups()
+    first, last = arguments.partition(",")[0], arguments.rpartition(",")[2].strip()
+    state = "float64" if "double" in first else "float32"
+    out = DTYPES.get(last.rpartition("::")[2], "")
+    return f"{family}{' grown' * ('GrownRow' in first)} {state} {out}"
 
 
 @contextlib.contextmanager
