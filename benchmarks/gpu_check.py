@@ -76,7 +76,7 @@ LIMITS = {
     "stage": (45, 25),
     "loop": (40, 25),
     "gradients": (25, 20),
-    "compiled loop": (15, 0),
+    "compiled loop": (25, 0),
     "compiled stage": (15, 0),
     "targets": (10, 10),
 }
