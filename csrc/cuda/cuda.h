@@ -19,12 +19,16 @@ struct Launch {
     bool aligned;              // set by `run`: accesses of four elements are legal
 };
 
+// Of a legal row: whether its scale is found, where it `limits` by one.
+FASTDIFF_HD Status scaled(const Launch& l, bool limits) {
+    return limits && l.scale == nullptr ? kNoThreshold : kOk;
+}
+
 // A row from its columns.
 template <class R>
 FASTDIFF_HD Status resolve(const Launch& l, const double* columns, R& row) {
     const Status status = fastdiff::resolve(l.args, columns, row);
-    if (status == kOk && (row.flags & kThreshold) && l.scale == nullptr) return kNoThreshold;
-    return status;
+    return status == kOk ? scaled(l, row.flags & kThreshold) : status;
 }
 
 // The most elements of a sample that is thresholded: they are counted in 32 bits.

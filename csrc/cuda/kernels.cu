@@ -8,6 +8,9 @@
 #include <atomic>
 
 namespace fastdiff::cuda {
+
+static_assert(kWarp == kLanes);
+
 namespace {
 
 // Registers for four blocks a processor in float32 (three where rows grow), two in float64, and no
@@ -23,8 +26,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_shared(const __grid_constant__ Launch l) {
     __shared__ Resolved<R> at;
     const int64_t index = row_of(l, 0);
-    const bool grown = __syncthreads_or(at.fetch(l, index, threadIdx.x, kThreads));
-    if (threadIdx.x == 0) at.resolve(l, index, grown);
+    if (threadIdx.x < kWarp) at.resolve(Warp{static_cast<int>(threadIdx.x)}, l, index);
+    await_predecessors();
+    if (threadIdx.x == 0) at.report(l, index);
     __syncthreads();
     if (at.status != kOk) return;
     shared_thread<S>(l, at.row, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
@@ -46,8 +50,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
         const int64_t b = divide(u, chunks), index = row_of(l, b);
         if (index != resolved || index < 0) {
             __syncwarp();
-            const bool grown = __any_sync(0xFFFFFFFFu, at.fetch(l, index, lane, kWarp));
-            if (lane == 0) at.resolve(l, index, grown);
+            at.resolve(Warp{lane}, l, index);
+            await_predecessors();
+            if (lane == 0) at.report(l, index);
             __syncwarp();
             resolved = index;
         }
@@ -67,8 +72,9 @@ __global__ void __launch_bounds__(kSelectors<typename R::Number>, 1)
     for (int64_t b = blockIdx.x; b < l.args.batch; b += gridDim.x) {
         const int64_t index = row_of(l, b);
         __syncthreads();
-        const bool grown = __syncthreads_or(at.fetch(l, index, thread, kBlock));
-        if (thread == 0) at.resolve(l, index, grown);
+        if (thread < kWarp) at.resolve(Warp{thread}, l, index);
+        await_predecessors();
+        if (thread == 0) at.report(l, index);
         __syncthreads();
         if (at.status != kOk || !(at.row.flags & kThreshold)) continue;
         selection.start(at.row.quantile, l.args.size, thread);
@@ -93,7 +99,7 @@ __global__ void __launch_bounds__(kSelectors<typename R::Number>, 1)
 // The measures of each sample: a block takes one sample at a time.
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads, 1) measures(const __grid_constant__ Launch l) {
-    __shared__ Resolved<GrownRow<T>, true> at;
+    __shared__ Measured<T> at;
     __shared__ Meter<T> meter;
     const int thread = threadIdx.x;
     for (int64_t b = blockIdx.x; b < l.args.batch; b += gridDim.x) {
@@ -101,7 +107,9 @@ __global__ void __launch_bounds__(kThreads, 1) measures(const __grid_constant__ 
         __syncthreads();
         at.fetch(l, index, thread, kThreads);
         __syncthreads();
-        if (thread == 0) at.resolve(l, index, false);
+        if (thread < kWarp) at.resolve(Warp{thread}, l, index);
+        await_predecessors();
+        if (thread == 0) at.report(l, index);
         __syncthreads();
         if (at.status != kOk) continue;
         measure_sample<T, S>(l, at.columns, at.row, b, meter, [&](const auto& work) {
