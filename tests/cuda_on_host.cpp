@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA module with the host in the device's place: csrc/cuda/*.h run thread after thread, in the
-// grids of csrc/cuda/kernels.cu, on host memory. What it cannot show is what only a GPU has:
-// barriers, memory spaces, the compiled machine code.
+// The CUDA module with the host in the device's place: csrc/cuda/*.h run thread after thread on host
+// memory, in the grids and by the launchers of csrc/cuda/launch.cpp over the runtime in
+// tests/cuda_runtime/. What it cannot show is what only a GPU has: barriers, memory spaces, the
+// compiled machine code.
+#include "cuda/launch.h"
 #include "cuda/meter.h"
 
 #include <array>
@@ -11,11 +13,6 @@
 
 namespace fastdiff::cuda {
 namespace {
-
-// Few, so that every test makes threads stride.
-constexpr int64_t kResident = 3;
-
-int64_t blocks_for(int64_t wanted) { return wanted < kResident ? wanted : kResident; }
 
 // Each thread of a block does `work` before any of them goes on: what a barrier ends.
 template <class Work>
@@ -106,9 +103,9 @@ void resolve_by_warp(const Launch& l, int64_t index, At& at) {
 }
 
 template <class R, class S>
-void shared(const Launch& l) {
-    const int64_t quads = l.args.batch * quads_of(l.args.size);
-    const int64_t threads = blocks_for((quads + kThreads - 1) / kThreads) * kThreads;
+void stage_shared(void** arguments, unsigned blocks) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
+    const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
     Resolved<R> at;
     for (int64_t thread = 0; thread < threads; ++thread) {
         if (thread % kThreads == 0) resolve_by_warp(l, row_of(l, 0), at);
@@ -117,7 +114,8 @@ void shared(const Launch& l) {
 }
 
 template <class R, class S>
-void samples(const Launch& l) {
+void stage_samples(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
     const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
     Resolved<R> at;
     for (int64_t unit = l.args.batch * chunks; unit-- > 0;) {
@@ -130,7 +128,8 @@ void samples(const Launch& l) {
 }
 
 template <class R, class S>
-void thresholds(const Launch& l) {
+void thresholds(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
     using T = typename R::Number;
     constexpr int kBlock = kSelectors<T>, kBins = Selection<T>::kBins;
     Resolved<R> at;
@@ -155,7 +154,8 @@ void thresholds(const Launch& l) {
 }
 
 template <class T, class S>
-void measures(const Launch& l) {
+void measures(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
     Measured<T> at;
     const auto memory = std::make_unique<Meter<T>>();
     Meter<T>& meter = *memory;
@@ -169,76 +169,47 @@ void measures(const Launch& l) {
     }
 }
 
-template <class R, class S>
-void either(const Launch& l) {
-    if (l.scale != nullptr) thresholds<R, S>(l);
-    if (l.args.stage_index == nullptr) {
-        shared<R, S>(l);
-    } else {
-        samples<R, S>(l);
+template <class Z>
+void normals(void** arguments, unsigned blocks) {
+    const Normals& n = *static_cast<Normals*>(arguments[0]);
+    const bool wide = *static_cast<bool*>(arguments[1]);
+    const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        normal_thread<Z>(n, wide, thread, threads);
     }
-}
-
-struct RunStage {
-    template <class T, class S>
-    static void run(const Launch& l) {
-        if (l.grown) {
-            either<GrownRow<T>, S>(l);
-        } else {
-            either<Row<T>, S>(l);
-        }
-    }
-};
-
-struct RunMeasures {
-    template <class T, class S>
-    static void run(const Launch& l) {
-        measures<T, S>(l);
-    }
-};
-
-template <class What, class T>
-void by_output(const Launch& l) {
-    switch (l.args.out_dtype) {
-        case kFloat32: return What::template run<T, float>(l);
-        case kFloat64: return What::template run<T, double>(l);
-        case kBfloat16: return What::template run<T, Bfloat16>(l);
-        default: return What::template run<T, Float16>(l);
-    }
-}
-
-template <class What>
-Outcome dispatch(Launch l) {
-    const Status status = check_alignment(l);
-    if (status != kOk) return {status, nullptr};
-    if (l.args.batch * l.args.size == 0) return {kOk, nullptr};
-    if (l.args.state == kFloat64) {
-        by_output<What, double>(l);
-    } else {
-        by_output<What, float>(l);
-    }
-    return {kOk, nullptr};
 }
 
 }  // namespace
 
-Outcome run_stage(Launch l, int, void*) { return dispatch<RunStage>(l); }
-
-Outcome run_measures(Launch l, int, void*) { return dispatch<RunMeasures>(l); }
-
-Outcome normal(const Normals& n, Dtype dtype, int, void*) {
-    const bool wide = n.size % 4 == 0 && reinterpret_cast<uintptr_t>(n.z) % 16 == 0;
-    const int64_t threads = kResident * kThreads;
-    for (int64_t thread = 0; thread < threads && n.batch * n.size > 0; ++thread) {
-        if (dtype == kFloat64) {
-            normal_thread<double>(n, wide, thread, threads);
-        } else {
-            normal_thread<float>(n, wide, thread, threads);
-        }
+// As in csrc/cuda/kernels.cu.
+#define FASTDIFF_OUT_DTYPES(kernel, T, threads)                                \
+    {                                                                          \
+        {reinterpret_cast<const void*>(kernel<T, float>), threads, {}},        \
+            {reinterpret_cast<const void*>(kernel<T, double>), threads, {}},   \
+            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), threads, {}}, \
+            {reinterpret_cast<const void*>(kernel<T, Float16>), threads, {}},  \
     }
-    return {kOk, nullptr};
-}
 
-Outcome probe() { return {kOk, nullptr}; }
+Kernel kStages[2][2][2][kDtypes] = {
+    {{FASTDIFF_OUT_DTYPES(stage_shared, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, Row<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, Row<double>, kThreads)}},
+    {{FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<double>, kThreads)}},
+};
+Kernel kThresholds[2][2][kDtypes] = {
+    {FASTDIFF_OUT_DTYPES(thresholds, Row<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, Row<double>, kSelectors<double>)},
+    {FASTDIFF_OUT_DTYPES(thresholds, GrownRow<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, GrownRow<double>, kSelectors<double>)},
+};
+Kernel kMeasures[2][kDtypes] = {FASTDIFF_OUT_DTYPES(measures, float, kThreads),
+                                FASTDIFF_OUT_DTYPES(measures, double, kThreads)};
+Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), kThreads, {}},
+                      {reinterpret_cast<const void*>(normals<double>), kThreads, {}}};
+#undef FASTDIFF_OUT_DTYPES
 
 }  // namespace fastdiff::cuda
