@@ -13,7 +13,7 @@ import torch
 from support.gpu import NOISY, fields
 from support.rows import raw
 
-from fastdiff import backends
+from fastdiff import _core, backends, noise
 from fastdiff.backends import Registers
 from fastdiff.backends import cuda as cuda_module
 from fastdiff.plans import EVALUATE, THRESHOLD, WRITES_X, Layout
@@ -286,6 +286,14 @@ def test_kernels_that_do_not_load_are_refused_with_the_runtimes_words(cards, hos
     assert "no kernel image" in host_core.problem(6)
     reason = backends.get("cuda").supports(F32, F32, torch.device("cuda", 6))
     assert "cuda:6, Card 6, of compute capability 12.0 (no kernel image is available" in reason
+
+
+def test_noise_for_a_device_without_kernels_is_made_by_the_host(cards, host_core, monkeypatch):
+    cards(*[90] * 7, 120, least=130)
+    monkeypatch.setattr(_core, "cuda_core", lambda: (host_core, None))
+    wanted = noise.normal((2, 8), 5, 7)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, **where: self)
+    assert torch.equal(noise.normal((2, 8), 5, 7, device="cuda:7"), wanted)
 
 
 def test_a_driver_too_old_is_named_with_the_kernels_and_what_serves(cards):

@@ -8,8 +8,9 @@
 namespace fastdiff::cuda {
 
 // Waits until the kernels ahead in the stream have ended and what they wrote is seen. A launch may
-// begin before that (`starts_early`): until here it has read nothing but its row, and written
-// nothing.
+// begin before that (`resolves_early`): until here it has read nothing but its row, and written
+// nothing. Every thread of such a launch comes here, so that the kernel behind it, which waits for
+// this one, waits for those ahead as well.
 FASTDIFF_HD void await_predecessors() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
