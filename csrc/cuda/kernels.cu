@@ -15,6 +15,13 @@ namespace {
 template <class R>
 constexpr int kBlocks = sizeof(typename R::Number) == 8 ? 2 : R::kGrown ? 3 : 4;
 
+// The thread's number, asked again: what follows from it takes no registers between two samples.
+__device__ int thread_anew() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
 // -- kernels -------------------------------------------------------------------------------------
 
 // All samples run one row: each block resolves it and strides over the batch.
@@ -37,21 +44,24 @@ template <class R, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_samples(const __grid_constant__ Launch l) {
     __shared__ Resolved<R> each[kWarps];
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    Resolved<R>& at = each[warp];
+    __shared__ int64_t resolved[kWarps];  // which row each holds: no register is left for it
+    if (threadIdx.x < kWarps) resolved[threadIdx.x] = -1;  // never a row of the table
+    __syncthreads();
     const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
     const int64_t units = l.args.batch * chunks;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-    int64_t resolved = -1;  // never a row of the table
-    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < units; u += stride) {
+    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; u < units;
+         u += stride) {
+        const int thread = thread_anew(), warp = thread / kWarp, lane = thread % kWarp;
+        Resolved<R>& at = each[warp];
         const int64_t b = divide(u, chunks), index = row_of(l, b);
-        if (index != resolved || index < 0) {
+        if (index != resolved[warp] || index < 0) {
             __syncwarp();
             at.resolve(Warp{lane}, l, index);
             await_predecessors();
             if (lane == 0) at.report(l, index);
+            if (lane == 0) resolved[warp] = index;
             __syncwarp();
-            resolved = index;
         }
         if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
     }
@@ -93,13 +103,6 @@ __global__ void __launch_bounds__(kSelectors<typename R::Number>, 1)
     }
 }
 
-// The thread's number, asked again: what follows from it takes no registers between two samples.
-__device__ int thread_anew() {
-    int thread;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return thread;
-}
-
 // The measures of each sample: a block takes one sample at a time.
 template <class T, class S>
 __global__ void __launch_bounds__(kThreads, 2) measures(const __grid_constant__ Launch l) {
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2) measures(const __grid_constant__ 
         __syncthreads();
         if (at.status != kOk) continue;
         measure_sample<T, S>(l, at.columns, at.row, b, meter, [&](const auto& work) {
-            work(thread);
+            work(thread_anew());
             __syncthreads();
         });
     }
