@@ -31,8 +31,9 @@ help:
 	@echo 'make test    runs the test suite (PYTEST_ARGS="-k solvers" passes options on)'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make bench   runs every benchmark; benchmarks/run.py runs one'
-	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 9 minutes (GPU_CHECK=short: 6);'
-	@echo '             makes no .venv: make gpu-check PYTHON=python3 VENV= takes a Python with torch'
+	@echo 'make gpu-check  builds, tests and times on an NVIDIA GPU, in 10 minutes (GPU_CHECK=short: 6);'
+	@echo '             makes no .venv: make gpu-check PYTHON=python3 VENV= takes a Python with torch;'
+	@echo '             COMMIT= names the commit without git, WHEELS= a folder of wheels to time as well'
 	@echo 'make clean   removes what was built, the caches and out/; .venv stays'
 	@echo
 	@echo 'Each makes .venv first: PYTHON=$(PYTHON) TORCH=$(TORCH)'
@@ -58,7 +59,7 @@ bench: $(BUILT)
 # Needs no network and no .venv: the Python of .venv if there is one, else PYTHON, which has torch.
 gpu-check:
 	@$(if $(VENV),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) benchmarks/gpu_check.py \
-	    --setting $(GPU_CHECK) $(if $(COMMIT),--commit $(COMMIT))
+	    --setting $(GPU_CHECK) $(if $(COMMIT),--commit $(COMMIT)) $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache $(BUILT) $(DEMO)

@@ -21,23 +21,17 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from command import names, option, whole_numbers
 from gradient_gate import gate
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import names, option, whole_numbers
-from harness.machine import installed
-from harness.records import Record, record
 from problems.flows import (
     PROBLEMS,
     TITLES,
-    VP,
-    Flow,
     Mixture,
     apart,
     fine_plan,
     gradients,
     mixture,
     truth,
-    vp_plan,
 )
 from reports import adjoint as report
 from reports.adjoint import LEAVES, Points, Table
@@ -45,6 +39,10 @@ from rivals import torchdiffeq
 from torch import nn
 
 import fastdiff as fd
+from fastdiff.bench.flows import VP, Flow, vp_plan
+from fastdiff.bench.machine import installed
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
 
 BUDGETS = (10, 16, 20, 30, 40, 60, 80, 100, 200)  # evaluations; the target ends at 100
 TABLE_STEPS = (5, 10, 20, 50)

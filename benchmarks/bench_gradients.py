@@ -13,32 +13,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import click
-import torch
+from command import names, option, whole_numbers
 from gradient_gate import gate
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import names, option, whole_numbers
-from harness.gate import GateError, agree
-from harness.machine import installed
-from harness.memory import peak_bytes
-from harness.records import Record, record
-from harness.text import reason
-from harness.timing import Rival, executed, race, wait
-from problems.flows import Flow, vp_plan
-from problems.networks import Dit, Mlp
+from problems.networks import Dit
 from reports import gradients as report
 from reports.gradients import (
     ADJOINT,
     ADJOINT_CAPTURED,
-    BACKPROP,
-    BARE,
-    CAPTURED,
     CHECKPOINTED,
-    DISCRETE,
     DOPRI,
     MIDPOINT,
     RESOLVED,
@@ -46,9 +33,28 @@ from reports.gradients import (
     Case,
 )
 from rivals import torchdiffeq
-from rivals.autograd import Run, bare, recomputed
+from rivals.autograd import recomputed
 
 import fastdiff as fd
+from fastdiff.bench import gradients as library
+from fastdiff.bench.flows import Flow
+from fastdiff.bench.gradients import (
+    BACKPROP,
+    BARE,
+    CAPTURED,
+    DISCRETE,
+    Made,
+    Run,
+    bare,
+    by_library,
+    flow_of,
+    memory_records,
+    running,
+    time_records,
+)
+from fastdiff.bench.machine import installed
+from fastdiff.bench.records import Record
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
 
 PARTS = ("time", "memory")
 MEMORY_STEPS = (10, 50, 100)
@@ -61,23 +67,6 @@ SECONDS = {"mlp": 4, "dit": 10, "digits": 8}
 
 def is_exact(name: str) -> bool:
     return any(name.startswith(exact.partition("{")[0]) for exact in EXACT)
-
-
-def gate_case(flow: Flow, runs: Mapping[str, Run]) -> None:
-    """Checks that exact gradients are backpropagation's, in float32, and all others finite.
-
-    Raises:
-        GateError: One is not.
-    """
-    if BACKPROP not in runs:
-        raise GateError(f"{flow.title}: {BACKPROP} did not run: there is nothing to agree.")
-    wanted = flow.named(runs[BACKPROP]())
-    for name, run in runs.items():
-        for leaf, got in flow.named(run()).items():
-            if is_exact(name):
-                agree(f"{name}, of {leaf}, {flow.title}", got, wanted[leaf], 2e-3)
-            elif not bool(got.isfinite().all()):
-                raise GateError(f"{name}, of {leaf}, {flow.title}: got values not finite.")
 
 
 # -- cases -----------------------------------------------------------------------------------------
@@ -99,56 +88,31 @@ def memory_cases(place: str) -> list[Case]:
     return [Case("digits", 4), Case("digits", 4, theta=True)]
 
 
-def flow_of(case: Case, device: torch.device) -> Flow:
-    """The flow of a case, in float32."""
-    torch.manual_seed(0)
-    network: Any
-    cond, prediction, shape = {}, "epsilon", (1, 8, 8)
-    if case.kind == "digits":
-        network, prediction = fd.models.digits(), "v"
-        cond = {"y": torch.arange(case.batch, device=device) % 10}
-    elif case.kind == "mlp":
-        network, shape = Mlp(16, 32), (16,)
-        cond = {"obs": torch.randn(case.batch, 32).to(device)}
-    else:
-        network, shape = Dit(), (4, 32, 32)
-    network = network.to(device).eval().requires_grad_(case.theta)
-    start = fd.noise.normal((case.batch, *shape), 0).to(device)
-    return Flow(str(case), network, prediction, start, cond, case.theta)
+def network_of(case: Case) -> Made:
+    """The network of a case, what it returns, the shape of a sample, and its condition."""
+    if case.kind == "dit":
+        return Dit(), "epsilon", (4, 32, 32), {}
+    return library.network_of(case)
 
 
 # -- the rivals ------------------------------------------------------------------------------------
 
 
-def by_library(
-    flow: Flow, plan: fd.Plan, gradient: Any, network: Any = None, graph: str | None = None
-) -> Run:
-    """The gradients of the leaves by a sampler, which calls `network` where one is given."""
-    options: dict[str, Any] = {"gradient": gradient, "graph": graph}
-    if network is not None:
-        options |= {"dtype": flow.start.dtype, "params": flow.parameters}
-    sampler = fd.Sampler(network or flow.network, plan, **options)
-    x, cond, wanted = flow.leaves()
-    cotangent = flow.cotangent
-
-    def run() -> Sequence[torch.Tensor | None]:
-        return torch.autograd.grad(sampler(x, cond or None), wanted, cotangent, allow_unused=True)
-
-    return run
-
-
 def makers(case: Case, flow: Flow, with_theirs: bool) -> dict[str, Callable[[], Run]]:
     """Functions that make the rivals of a case, by name."""
-    plan = vp_plan(flow, "dpmpp-2m", case.steps)
+    plan = library.plan_of(case, flow)
     segment = max(1, round(math.sqrt(case.steps)))
-    ours = functools.partial(by_library, flow, plan)
+
+    def ours(gradient: Any, **options: Any) -> Run:
+        return by_library(flow, plan, gradient, **options)
+
     found: dict[str, Callable[[], Run]] = {
         DISCRETE: lambda: ours("discrete"),
         SEGMENTS.format(segment): lambda: ours(fd.Discrete(checkpoint=segment)),
         ADJOINT: lambda: ours(fd.AdjointDEIS(2)),
         RESOLVED: lambda: ours(fd.AdjointDEIS(2, states="resolve")),
         BACKPROP: lambda: ours("backprop"),
-        CHECKPOINTED: lambda: ours("backprop", recomputed(flow.network)),
+        CHECKPOINTED: lambda: ours("backprop", network=recomputed(flow.network)),
     }
     if flow.start.device.type == "cuda":
         found[CAPTURED] = lambda: ours("discrete", graph="loop")
@@ -162,26 +126,7 @@ def makers(case: Case, flow: Flow, with_theirs: bool) -> dict[str, Callable[[], 
     return found
 
 
-def running(case: Case, flow: Flow, with_theirs: bool, lost: list[str]) -> dict[str, Run]:
-    """The rivals that run here, each run once; why the others do not is added to `lost`."""
-    runs = {}
-    for name, make in makers(case, flow, with_theirs).items():
-        try:
-            run = make()
-            run()
-            wait(flow.start.device)
-            runs[name] = run
-        except Exception as error:  # one that cannot run must not take the others along
-            lost.append(f"{name}, {case}: {reason(error)}")
-    return runs
-
-
 # -- measuring -------------------------------------------------------------------------------------
-
-
-def record_of(part: str, rival: str, measured: Any, setting: Setting, **where: Any) -> Record:
-    where |= {"part": part, "torchdiffeq": torchdiffeq.version(), **dict(setting.about)}
-    return record("gradients", rival, measured, **where)
 
 
 def measure_time(case: Case, setting: Setting, lost: list[str]) -> list[Record]:
@@ -190,44 +135,28 @@ def measure_time(case: Case, setting: Setting, lost: list[str]) -> list[Record]:
     Raises:
         GateError: Their gradients differ.
     """
-    flow, device = flow_of(case, setting.device), setting.device
-    runs = running(case, flow, installed("torchdiffeq"), lost)
-    gate_case(flow, runs)
+    flow = flow_of(case, setting.device, network_of)
+    found = makers(case, flow, installed("torchdiffeq"))
+    runs = running(found, str(case), setting.device, lost)
+    library.gate(flow, runs, is_exact)
     runs = {BARE: bare(flow, case.steps), **runs}
-    rivals = [Rival(name, executed(run, 1, device), case.steps) for name, run in runs.items()]
-    timings = race(rivals, seconds=setting.seconds, warmup=1, rounds=setting.rounds)
-    return [
-        record_of("time", name, timing, setting, **_where(case, flow))
-        for name, timing in timings.items()
-    ]
-
-
-def _where(case: Case, flow: Flow) -> dict[str, Any]:
-    shape, dtype = list(flow.start.shape), str(flow.start.dtype).removeprefix("torch.")
-    what = {"network": case.kind, "theta": case.theta, "steps": case.steps}
-    return {**what, "shape": shape, "dtype": dtype}
+    return time_records(case, flow, runs, setting, torchdiffeq=torchdiffeq.version())
 
 
 def measure_memory(
     case: Case, setting: Setting, lost: list[str], *, counts: Sequence[int]
 ) -> list[Record]:
     """Peak bytes of every rival of a case, by steps. On CUDA they include the capture."""
-    flow, records = flow_of(case, setting.device), []
-    if setting.device.type == "cuda":  # libraries allocate at first calls
-        running(replace(case, steps=min(counts)), flow, installed("torchdiffeq"), lost=[])
+    device, theirs = setting.device, installed("torchdiffeq")
+    flow, records = flow_of(case, device, network_of), []
+    if device.type == "cuda":  # libraries allocate at first calls
+        running(makers(replace(case, steps=min(counts)), flow, theirs), str(case), device, [])
     for steps in counts:
         here = replace(case, steps=steps)
-        chosen = {BARE: functools.partial(bare, flow, steps)}
-        chosen |= makers(here, flow, installed("torchdiffeq"))
+        chosen = {BARE: functools.partial(bare, flow, steps), **makers(here, flow, theirs)}
         chosen.pop(DOPRI, None)  # its steps are its own
-        for name, make in chosen.items():
-            try:
-                peak = peak_bytes(make, setting.device)
-            except Exception as error:  # as above
-                lost.append(f"memory of {name}, {here}: {reason(error)}")
-                continue
-            where = {**_where(here, flow), "unit": "bytes"}
-            records.append(record_of("memory", name, {"best": peak}, setting, **where))
+        version = torchdiffeq.version()
+        records += memory_records(here, flow, chosen, setting, lost, torchdiffeq=version)
     return records
 
 

@@ -14,42 +14,31 @@ after its rivals have ended in the same place as the reference.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from harness.bench import Bench, Job, Setting
-from harness.command import names, option
-from harness.gate import agree
-from harness.machine import installed
-from harness.records import Record, record
-from harness.text import reason
-from harness.timing import Rival, Timing, executed, race, wait
-from problems.loops import BORROWED, TITLES, Case, Loop, Parts, parts_of
+from command import names, option
+from problems.loops import BORROWED, TITLES, Case, parts_of
 from reports import loop as report
 from reports.loop import (
-    CAPTURED,
     COMPILED,
-    EAGER,
     GRAPHED,
-    LOOP,
-    NETWORK,
     OURS_COMPILED,
-    QUEUED,
-    REPLAY,
-    STAGE,
     THEIRS,
     THEIRS_COMPILED,
-    WAITED,
 )
 from rivals import diffusers
-from rivals.captured import Graphed, capture, replay_alone
-from rivals.compiled import compiled_loops, compiled_network, drop
+from rivals.captured import Graphed
+from rivals.compiled import compiled_loops, compiled_network
 
-import fastdiff as fd
 from fastdiff import backends
+from fastdiff.bench import loops
+from fastdiff.bench.loops import alone, gate, ours, records_of, reference, running, timed
+from fastdiff.bench.machine import installed
+from fastdiff.bench.problems import Loop, Parts
+from fastdiff.bench.records import Record
+from fastdiff.bench.runs import Bench, Job, Setting
 
 # Guesses of the seconds that a cell takes on an H200, and of what the compiler adds.
 SECONDS = {"null": 5, "mlp": 6, "conv": 8, "dit": 15, "unet": 40}
@@ -93,6 +82,9 @@ def cells(place: str, short: bool, compiled: bool, kinds: Sequence[str] = ()) ->
         *(Case("dit", (1, 4, 32, 32), 20, dtype), Case("unet", latent, 20, dtype, small)),
     ]
     compiles = [first]
+    if place == "cuda":
+        # whether a kernel of the whole loop is worth its while
+        cases.insert(2, Case("mlp", (64, 16), 10))
     if not short:
         cases += [*more, replace(conv, shape=(1, 16, 2))]
         compiles = [c for c in cases if c.kind != "null" and (place == "cuda" or c.kind == "mlp")]
@@ -102,26 +94,6 @@ def cells(place: str, short: bool, compiled: bool, kinds: Sequence[str] = ()) ->
 
 
 # -- the rivals ------------------------------------------------------------------------------------
-
-
-def ours(parts: Parts, graph: str | None, network: Any = None) -> Loop:
-    called = parts.network if network is None else network
-    sampler = fd.Sampler(called, parts.plan, graph=graph)
-    out = torch.empty_like(parts.start)
-    return functools.partial(sampler, parts.start, parts.cond or None, out=out)
-
-
-def alone(parts: Parts, network: Any = None) -> Loop:
-    """A loop of as many calls of the network, and nothing else."""
-    called, cond = parts.network if network is None else network, parts.cond
-    x, t = parts.start, parts.time()
-    steps = range(parts.case.steps)
-
-    def loop() -> None:
-        for _ in steps:
-            called(x, t, **cond)
-
-    return loop
 
 
 def makers(cell: Cell, parts: Parts, with_diffusers: bool) -> dict[str, Callable[[], Loop]]:
@@ -138,57 +110,12 @@ def makers(cell: Cell, parts: Parts, with_diffusers: bool) -> dict[str, Callable
         if not cuda and case.kind == "mlp":
             found |= compiled_loops(parts)
         return found
-    if case.kind != "null":
-        found[NETWORK] = lambda: alone(parts)
-        if cuda:
-            run = alone(parts)
-            found[CAPTURED] = lambda: functools.partial(drop, capture(run)[0], run)
-    found[EAGER] = lambda: ours(parts, None)
-    if cuda:
-        found[STAGE] = lambda: ours(parts, "stage")
-        found[LOOP] = lambda: ours(parts, "loop")
-        found[REPLAY] = lambda: replay_alone(parts)
+    found |= loops.makers(parts)
     if with_diffusers:
         found[THEIRS] = lambda: diffusers.loop_around(parts)
         if cuda and case.kind != "null":
             found[GRAPHED] = lambda: diffusers.loop_around(parts, Graphed(parts))
     return found
-
-
-# -- the gate --------------------------------------------------------------------------------------
-
-
-def tolerance(case: Case, device: torch.device) -> float:
-    """How far rivals may end from the reference.
-
-    diffusers takes its coefficients from alphas in float32: 1e-5 over 20 steps, with a factor of
-    10. Each step rounds the state, or the network's input, to the network's dtype, and cuDNN rounds
-    what it convolves in float32 to TF32 (11 bits): errors that add as squares.
-    """
-    eps = torch.finfo(case.dtype).eps
-    if device.type == "cuda" and case.kind == "conv":
-        eps = 2.0**-10
-    return max(1e-4, math.sqrt(case.steps) * eps)
-
-
-def reference(parts: Parts) -> torch.Tensor:
-    """The state in which a loop on the `torch` backend ends."""
-    given = (parts.network, parts.start, parts.plan)
-    return fd.sample(*given, cond=parts.cond or None, backend="torch", graph=None)
-
-
-def gate(parts: Parts, loops: Mapping[str, Loop], wanted: torch.Tensor) -> None:
-    """Checks that every rival that samples ends where it should.
-
-    Raises:
-        GateError: One does not.
-    """
-    for name, loop in loops.items():
-        for _ in range(2):  # a replay starts where the last one ended: it must not matter
-            got = loop()
-        if got is not None:
-            who = f"{name}, {parts.case}"
-            agree(who, got, wanted, tolerance(parts.case, wanted.device))
 
 
 # -- a cell ----------------------------------------------------------------------------------------
@@ -204,51 +131,13 @@ def measure(cell: Cell, setting: Setting, lost: list[str]) -> list[Record]:
     case, device = cell.case, setting.device
     parts = parts_of(case, device)
     wanted = reference(parts)
-    loops: dict[str, Loop] = {}
-    for name, make in makers(cell, parts, installed("diffusers")).items():
-        try:
-            loop = make()
-            loop()  # compiles, and captures
-            wait(device)
-            loops[name] = loop
-        except Exception as error:  # one that cannot run must not take the others along
-            lost.append(f"{name}, {case}: {reason(error)}")
-    gate(parts, loops, wanted)
-    return [
-        record(
-            *("loop", name, timing),
-            network=case.kind,
-            small=case.small,
-            parameters=parts.parameters,
-            shape=list(case.shape),
-            dtype=str(case.dtype).removeprefix("torch."),
-            steps=case.steps,
-            compiled=cell.compiled,
-            timing=kind,
-            backend=backends.choose(None, torch.float32, case.dtype, device).name,
-            **dict(setting.about),
-        )
-        for kind, found in timed(loops, case.steps, setting).items()
-        for name, timing in found.items()
-    ]
-
-
-def timed(loops: Mapping[str, Loop], steps: int, setting: Setting) -> dict[str, dict[str, Timing]]:
-    """The times of a step: waiting after every loop, and on CUDA after a queue of loops too."""
-    device = setting.device
-    options: dict[str, Any] = {"seconds": setting.seconds, "rounds": setting.rounds}
-    options |= {"warmup": 1, "turn": 5e-3}
-    rivals = [Rival(name, executed(run, 1, device), steps) for name, run in loops.items()]
-    found = {WAITED: race(rivals, **options)}
-    if device.type != "cuda":
-        return found
-    rivals = []
-    for name, run in loops.items():
-        count = min(64, math.ceil(1e-2 / (found[WAITED][name].median * steps)))
-        if count > 1:  # one loop in a queue is one that was waited for
-            rivals.append(Rival(name, executed(run, count, device), steps * count))
-    found[QUEUED] = race(rivals, **options) if rivals else {}
-    return found
+    found = running(parts, makers(cell, parts, installed("diffusers")), lost)
+    gate(parts, found, wanted)
+    chosen = backends.choose(
+        None, torch.float32, case.dtype, device, elements=parts.start.numel()
+    ).name
+    times = timed(found, case.steps, setting)
+    return records_of(parts, times, setting, compiled=cell.compiled, backend=chosen)
 
 
 # -- the bench -------------------------------------------------------------------------------------

@@ -16,16 +16,17 @@ from typing import Any
 
 import click
 import torch
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import option, whole_numbers
-from harness.gate import agree
-from harness.machine import installed
-from harness.records import Record, record
-from problems.flows import TITLES, VP, untrained
+from command import option, whole_numbers
+from problems.flows import TITLES, untrained
 from reports import order as report
 from rivals import diffusers
 
 import fastdiff as fd
+from fastdiff.bench.flows import VP
+from fastdiff.bench.gate import agree
+from fastdiff.bench.machine import installed
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
 
 PROBLEMS = ("mixture", "empirical", "digits")
 GRIDS = ("logsnr", "uniform")

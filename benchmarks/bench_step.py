@@ -18,14 +18,7 @@ from typing import Any
 
 import click
 import torch
-from harness.bench import Bench, Gate, Job, Setting
-from harness.command import option
-from harness.gate import agree
-from harness.records import Record, record
-from harness.timing import Rival, race, summary
-from harness.traffic import stage_bytes
-from problems.networks import Feed, constant
-from problems.plans import plan_on_training_times
+from command import option
 from reports import step as report
 from reports.step import (
     BFLOAT16,
@@ -43,6 +36,13 @@ from rivals import diffusers
 from rivals.eager import Hoisted
 
 import fastdiff as fd
+from fastdiff.bench.gate import agree
+from fastdiff.bench.networks import Feed, constant
+from fastdiff.bench.problems import plan_on_training_times
+from fastdiff.bench.records import Record, record
+from fastdiff.bench.runs import Bench, Gate, Job, Setting
+from fastdiff.bench.timing import Rival, race, summary
+from fastdiff.bench.traffic import stage_bytes
 
 
 def plans(steps: int) -> dict[str, fd.Plan]:

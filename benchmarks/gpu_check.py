@@ -1,36 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GPU check: builds, runs the tests marked gpu, times stages, loops and gradients, and sums up.
 
-Each phase is a process with a time limit of its own; a phase that fails or hangs does not keep the
-next from running. The check needs a CUDA device and a Python with torch, pytest, click and
-pybind11. It needs no network and no virtual environment. Where diffusers is installed it is timed
-as well, and where pytest-xdist is, the tests run in eight processes. Exit 0 only if every phase
-passed.
+The phases come in the order of what they are worth: the build, the tests of the CUDA kernels, of
+captures, of Triton, of gradients and the rest, the choice of a backend, then the benchmarks, large
+sizes first and `torch.compile` last. Each is a process group with a limit of its own; one that
+fails, hangs or breaks its CUDA context does not keep the next from running, and what a phase leaves
+over goes to the benchmarks after it. All of it ends within 10 minutes (`full`) or 6 (`short`).
+
+Whatever ends the check, what was found until then is on the disk: the log with the traceback of
+every failure, printed when it happens (`gpu-check.log`), a line for every row (`stage.jsonl`,
+`loop.jsonl`, `gradients.jsonl`), the measured choice (`choice.json`) and the page (`gpu-check.md`).
+They go to $OUT where it is set; else to benchmarks/results and out/.
+
+It needs a CUDA device and a Python with torch, pytest, click and pybind11, no network and no
+virtual environment. Where pytest-xdist is installed the tests run in eight processes, where
+diffusers is it is timed as well. Wheels of missing packages may be carried in a folder; they are
+unpacked for the phases and not installed:
+
+    python3 -m pip download --no-deps -d .whl diffusers==0.42.1 importlib_metadata
+    make gpu-check WHEELS=.whl
+
+Exit 0 only if every phase passed.
 
     make gpu-check                                       GPU_CHECK=short for the short one
-    make gpu-check PYTHON=python3 VENV=                  with a Python that has torch already
+    make gpu-check PYTHON=python3 VENV= COMMIT=...       with a Python that has torch already
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parent))  # where the tests load this script from
+
+from phases import BUDGET, ROOT, Phase, Result, page, put, run_phases
+
 NAME = "gpu-check"
 BENCHES = ("stage", "loop", "gradients")  # the rows and the page of each are named for it
+TOTAL = {"short": 345.0, "full": 570.0}  # seconds for all
+WORKERS, TEST_SECONDS = 8, 40  # of the tests; how long one may take
+
+# The tests marked gpu, by what they test: the kernels that all else stands on first. The rest is
+# whatever other file names the marker.
+TESTS = {
+    "cuda tests": ("test_cuda*.py",),
+    "capture tests": ("test_graphs*.py", "test_growth.py", "test_batcher.py"),
+    "triton tests": ("test_triton*.py",),
+    "gradient tests": ("test_gradients*.py",),
+    "other tests": (),
+}
+MARKED = re.compile(r"\bgpu\b|\bHERE\b")  # how a file may name the marker
+# Seconds of each phase, `full` and `short`, and of a benchmark the part that the cell may take
+# which runs as its budget ends.
+LIMITS = {
+    "build": (160, 120),
+    "cuda tests": (45, 35),
+    "capture tests": (55, 30),
+    "triton tests": (50, 25),
+    "gradient tests": (40, 20),
+    "other tests": (30, 15),
+    "choice": (20, 15),
+    "stage": (45, 25),
+    "loop": (40, 25),
+    "gradients": (25, 20),
+    "compiled loop": (15, 0),
+    "compiled stage": (15, 0),
+    "targets": (10, 10),
+}
+SPARE = {"stage": 15, "loop": 15, "gradients": 15, "compiled loop": 10, "compiled stage": 10}
 
 # It runs in a process of its own, so that this one never holds the device.
 PROBE = """
@@ -44,137 +94,91 @@ print(json.dumps(found))
 """
 
 
-@dataclass(frozen=True)
-class Phase:
-    """A command with a limit of so many seconds."""
-
-    name: str
-    command: Sequence[str]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a phase ended: `how` is "passed", "failed (exit 3)" or "stopped after 60 s"."""
-
-    phase: Phase
-    how: str
-    seconds: float
-    last: str
-
-    @property
-    def passed(self) -> bool:
-        return self.how == "passed"
+def files_of(tests: str) -> list[str]:
+    """The test files of a phase, as pytest takes them."""
+    folder = ROOT / "tests"
+    named = {p for patterns in TESTS.values() for one in patterns for p in folder.glob(one)}
+    if not TESTS[tests]:
+        found = {p for p in folder.rglob("test_*.py") if MARKED.search(p.read_text("utf-8"))}
+        found -= named
+    else:
+        found = {p for one in TESTS[tests] for p in folder.glob(one)}
+    return [path.relative_to(ROOT).as_posix() for path in sorted(found)]
 
 
-def run_phase(phase: Phase, log: Path, environment: Mapping[str, str]) -> Result:
-    """Runs a phase with its output added to `log`; at its limit its whole process group ends."""
-    start = time.monotonic()
-    with log.open("ab") as file:
-        file.write(f"\n== {phase.name}: {' '.join(phase.command)}\n".encode())
-        file.flush()
-        begin = file.tell()
-        try:
-            process = subprocess.Popen(
-                phase.command,
-                cwd=ROOT,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            return Result(phase, f"failed ({error})", 0.0, "")
-        try:
-            code = process.wait(phase.seconds)
-            how = "passed" if code == 0 else f"failed (exit {code})"
-        except subprocess.TimeoutExpired:
-            how = f"stopped after {phase.seconds:g} s"
-            _end(process)
-        except BaseException:
-            _end(process)
-            raise
-    with log.open("rb") as file:
-        file.seek(begin)
-        lines = file.read().decode(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return Result(phase, how, time.monotonic() - start, last)
+def tests_of(name: str, setting: str, cpu: bool) -> Phase:
+    """The tests of one kind: in workers, with every failure printed when it happens."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-p", "support.at_once", "--test-seconds", str(TEST_SECONDS)]
+    command += ["--continue-on-collection-errors"]  # some tests import what a GPU machine has not
+    command += ["-W", "default", "--tb=short", "-rfE"]  # a warning of a library is no failure here
+    files = files_of(name)
+    if cpu:  # a few are collected, handed to a worker and skipped
+        command, files = [*command, "-n", "1"], files[-1:]
+    elif importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(WORKERS), "--dist", "worksteal", "--durations=5"]
+    if setting == "short":
+        command += ["-m", "gpu and not slow"]
+    seconds = LIMITS[name][setting == "short"]
+    found = os.pathsep.join(filter(None, [str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+    return Phase(name, [*command, *files], seconds, environment={"PYTHONPATH": found})
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process that nobody waited for, with all that it started in its group."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def bench_of(name: str, setting: str, folders: tuple[Path, Path], *options: str) -> Phase:
+    """A benchmark: `folders` are where its rows go, and where its own page does."""
+    rows, pages = folders
+    bench, summary = name.removeprefix("compiled "), pages / f"{name.replace(' ', '-')}.md"
+    options += ("--compile", "--only", "compiled") if bench != name else ()
+    command = [sys.executable, "benchmarks/run.py", bench, *options]
+    command += ["--out", str(rows / f"{bench}.jsonl"), "--summary", str(summary)]
+    command += ["--budget", BUDGET, f"--{setting}"]
+    command += ["--rounds", "5"] if setting == "short" else []
+    seconds = LIMITS[name][setting == "short"]
+    return Phase(f"{name} benchmark", command, seconds, True, SPARE[name], summary)
 
 
-def run_phases(phases: Sequence[Phase], log: Path, environment: Mapping[str, str]) -> list[Result]:
-    """Runs every phase, whatever the ones before came to, and prints how each ended."""
-    results = []
-    for phase in phases:
-        print(f"{NAME}: {phase.name} (at most {phase.seconds:g} s)", flush=True)
-        results.append(run_phase(phase, log, environment))
-        print(f"{NAME}: {phase.name}: {results[-1].how}, {results[-1].seconds:.0f} s", flush=True)
-    return results
+def phases_of(
+    setting: str, folders: tuple[Path, Path], cpu: bool = False, commit: str | None = None
+) -> list[Phase]:
+    """All phases, the most important first.
 
-
-def phases_of(setting: str, folder: Path, cpu: bool, commit: str | None) -> list[Phase]:
-    """The build, the tests and the benchmarks, under 9 minutes together (`full`) or 6 (`short`)."""
-    python, full = sys.executable, setting == "full"
+    Args:
+        setting: "full" or "short".
+        folders: Where rows go, and where the pages of the benchmarks do.
+        cpu: Whether only the plumbing is tried, on the CPU.
+        commit: Of the code, where git cannot be asked.
+    """
+    python, short = sys.executable, setting == "short"
     build = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     build += ["--no-build-isolation", "--no-deps", "-e", "."]
-    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    tests += ["--continue-on-collection-errors"]  # some tests import what a GPU machine has not
-    tests += ["-W", "default", "--tb=short", "-rfE"]  # a warning of a library is no failure here
-    if importlib.util.find_spec("xdist") is not None:
-        tests += ["-n", "8"]  # most of their time goes to compiling kernels
-    tests += ["--durations=5"] if full else ["-m", "gpu and not slow"]
-    # Each benchmark has a limit, and a part of it for the cell that runs as its budget ends.
-    limits = {"stage": (38, 18), "loop": (36, 15), "gradients": (36, 15)}
-    if full:
-        limits = {"stage": (85, 25), "loop": (100, 20), "gradients": (52, 20)}
-    benches = {}
-    for name, (limit, last) in limits.items():
-        bench = [python, "benchmarks/run.py", name, "--device", "cpu" if cpu else "cuda"]
-        bench += ["--out", str(folder / f"{name}.jsonl"), "--summary", str(folder / f"{name}.md")]
-        bench += ["--budget", str(limit - last), "--full" if full else "--short"]
-        bench += [] if full else ["--rounds", "5"]
-        benches[name] = bench + (["--commit", commit] if commit else [])
-    if full and not cpu:
-        benches["stage"] += ["--compile"]
-    if not full or cpu:
-        benches["loop"] += ["--no-compile"]
-    if cpu:  # the plumbing alone: the core is imported, tests are collected and skipped
-        build = [python, "-c", "import fastdiff, fastdiff._native"]
-        benches["stage"] += ["--largest", "1", "--seconds", "0", "--rounds", "1"]
-        benches["loop"] += ["--case", "null", "--case", "mlp", "--seconds", "0", "--rounds", "1"]
-        benches["gradients"] += ["--part", "time", "--part", "memory", "--steps", "2"]
-        benches["gradients"] += ["--memory-steps", "2,3", "--seconds", "0", "--rounds", "1"]
-    return [
-        Phase("build", build, 150),
-        Phase("tests", tests, 150 if full else 58),
-        *(Phase(f"{name} benchmark", benches[name], limits[name][0]) for name in BENCHES),
-    ]
-
-
-def summary(
-    found: Mapping[str, Any], setting: str, results: Sequence[Result], parts: Sequence[Path]
-) -> str:
-    """One page of Markdown: the phases, then the page of each benchmark."""
-    rows = [
-        f"| {r.phase.name} | {r.how} | {r.seconds:.0f} s | `{r.last[:120].replace('|', '/')}` |"
-        for r in results
-    ]
-    about = ", ".join(f"{key} {value}" for key, value in found.items())
-    text = (
-        f"# GPU check, {setting}\n\n{about}.\n\n| phase | | time | last line |\n|---|---|---|---|\n"
-    )
-    text += "\n".join(rows) + "\n"
-    for part in parts:
-        measured = part.read_text(encoding="utf-8") if part.exists() else "It measured nothing.\n"
-        text += f"\n## The {part.stem} benchmark\n\n{measured}"
-    return text
+    choice = [python, "-m", "fastdiff.cli", "doctor", "--measure", "--out"]
+    choice += [str((folders[1] if cpu else folders[0]) / "choice.json")]
+    about = ["--device", "cpu" if cpu else "cuda", *(["--commit", commit] if commit else [])]
+    stage = [*about]
+    loop = [*about, "--no-compile"]
+    gradients = [*about]
+    if cpu:  # nothing is built, and the smallest cells are timed
+        build = [python, "-m", "pip", "--version"]
+        quick = ["--seconds", "0", "--rounds", "1"]
+        stage += ["--largest", "0.01", "--only", "M=2 G=1 float32", *quick]
+        loop += ["--case", "mlp", *quick]
+        gradients += ["--only", "no job at all"]
+    found = [Phase("build", build, LIMITS["build"][short])]
+    names = [name for name in TESTS if files_of(name)]
+    found += [tests_of(name, setting, cpu) for name in (names[:1] if cpu else names)]
+    found.append(Phase("choice", choice, LIMITS["choice"][short], shows=True))
+    found.append(bench_of("stage", setting, folders, *stage))
+    found.append(bench_of("loop", setting, folders, *loop))
+    found.append(bench_of("gradients", setting, folders, *gradients))
+    if not short and not cpu:  # a kernel takes the compiler seconds
+        found.append(bench_of("compiled loop", setting, folders, *about))
+        found.append(bench_of("compiled stage", setting, folders, *about))
+    rows = [str(folders[0] / f"{name}.jsonl") for name in BENCHES]
+    targets = [python, "benchmarks/run.py", "targets", *rows]
+    found.append(Phase("targets", targets, LIMITS["targets"][short], shows=True))
+    if cpu:  # on a busy machine
+        found = [replace(phase, seconds=5 * phase.seconds) for phase in found]
+    return found
 
 
 def probe() -> dict[str, Any]:
@@ -193,12 +197,37 @@ def probe() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def unpacked(wheels: Path, folder: Path) -> str:
+    """The value of PYTHONPATH under which the wheels of a folder are found."""
+    found = sorted(wheels.glob("*.whl"))
+    if not found:
+        sys.exit(f"{NAME}: --wheels is a folder with wheels in it; got {wheels}, which has none.")
+    for wheel in found:
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(folder)
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+def environment_of(found: Mapping[str, Any]) -> dict[str, str]:
+    """The environment of the phases."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONUNBUFFERED"] = "1"
+    if "arch" in found:  # a build for this device alone takes a third of the time
+        environment.setdefault("FASTDIFF_CUDA_ARCHS", found["arch"])
+        if shutil.which("nvcc"):
+            environment.setdefault("FASTDIFF_CUDA", "1")
+    return environment
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=NAME, description=__doc__)
-    parser.add_argument("--setting", choices=("short", "full"), default="full")
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=NAME, description=about)
+    parser.add_argument("--setting", choices=tuple(TOTAL), default="full")
     parser.add_argument("--commit", help="the commit of the code, where there is no git to ask")
+    parser.add_argument("--wheels", type=Path, help="a folder with wheels of missing packages")
     parser.add_argument("--cpu", action="store_true", help="a dry run of the plumbing, on the CPU")
     chosen = parser.parse_args(arguments)
+    began = time.monotonic()
     found = probe()
     if found["gpu"] is None and not chosen.cpu:
         print(
@@ -210,26 +239,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elsewhere = os.environ.get("OUT")
     folder = Path(elsewhere) if elsewhere else ROOT / "benchmarks" / "results"
     log_folder = folder if elsewhere else ROOT / "out"
-    for made in (folder, log_folder):
+    pages = ROOT / "out" / NAME
+    shutil.rmtree(pages, ignore_errors=True)
+    for made in (folder, log_folder, pages):
         made.mkdir(parents=True, exist_ok=True)
-    log, parts = log_folder / f"{NAME}.log", [folder / f"{name}.md" for name in BENCHES]
-    for old in (log, *parts):
-        old.unlink(missing_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONUNBUFFERED"] = "1"
-    if "arch" in found:  # a build for this device alone takes a third of the time
-        environment.setdefault("FASTDIFF_CUDA_ARCHS", found["arch"])
-        if shutil.which("nvcc"):
-            environment.setdefault("FASTDIFF_CUDA", "1")
-    results = run_phases(
-        phases_of(chosen.setting, folder, chosen.cpu, chosen.commit), log, environment
-    )
-    page = folder / f"{NAME}-cpu.md" if chosen.cpu else folder / f"{NAME}.md"
-    text = summary(found, chosen.setting, results, parts)
-    for part in parts:
-        part.unlink(missing_ok=True)
-    page.write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{NAME}: {page}; every word of the phases: {log}")
+    log = log_folder / f"{NAME}.log"
+    log.unlink(missing_ok=True)
+    environment = environment_of(found)
+    if chosen.wheels is not None:
+        os.environ["PYTHONPATH"] = unpacked(chosen.wheels, pages / "wheels")
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    phases = phases_of(chosen.setting, (folder, pages), chosen.cpu, chosen.commit)
+    where = folder / f"{NAME}{'-cpu' * chosen.cpu}.md"
+    title = ", ".join(f"{key} {value}" for key, value in found.items())
+
+    def write(results: Sequence[Result]) -> None:
+        put(where, page(f"GPU check, {chosen.setting}", title, phases, results))
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(128 + number)  # by way of what ends the phase
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    write([])
+    left = TOTAL[chosen.setting] * (5 if chosen.cpu else 1) - (time.monotonic() - began)
+    results = run_phases(phases, log, environment, left, write)
+    print(f"\n{where.read_text(encoding='utf-8')}\n{NAME}: {where}; every word: {log}")
     failed = [r.phase.name for r in results if not r.passed]
     if failed:
         print(f"{NAME}: not passed: {', '.join(failed)}.", file=sys.stderr)

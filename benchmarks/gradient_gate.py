@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness.gate import agree
-from harness.machine import installed
-from problems.flows import fine_plan, gradients, mixture, truth, vp_plan
+from problems.flows import fine_plan, gradients, mixture, truth
 from reports.gradients import ADJOINT, DISCRETE, DOPRI, MIDPOINT, RESOLVED, SEGMENTS
 from rivals import torchdiffeq
 
 import fastdiff as fd
+from fastdiff.bench.flows import vp_plan
+from fastdiff.bench.gate import agree
+from fastdiff.bench.machine import installed
 
 
 def gate() -> None:

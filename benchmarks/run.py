@@ -4,6 +4,7 @@
     python benchmarks/run.py stage --short
     python benchmarks/run.py all
     python benchmarks/run.py report       # benchmarks/results/*.jsonl to docs/results/
+    python benchmarks/run.py targets stage.jsonl loop.jsonl gradients.jsonl
 
 Each prints a page in Markdown, and adds its results to a file of JSON lines where `--out` names
 one. No time is printed unless the rivals have agreed before. Exit 1 where a gate stayed shut or
@@ -12,6 +13,8 @@ something failed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import bench_adjoint
 import bench_gradients
 import bench_loop
@@ -19,9 +22,14 @@ import bench_order
 import bench_stage
 import bench_step
 import click
-from harness.command import command_of
-from harness.machine import ROOT
+from command import command_of
+from reports import targets
 from reports.pages import write_pages
+
+from fastdiff.bench.records import read
+
+ROOT = Path(__file__).resolve().parent.parent
+
 
 # A benchmark joins by its line here.
 BENCHES = (
@@ -63,6 +71,13 @@ def report() -> None:
     """Write the tables and plots of docs/ from benchmarks/results/."""
     for path in write_pages(ROOT / "benchmarks" / "results", ROOT / "docs"):
         click.echo(path.relative_to(ROOT))
+
+
+@main.command("targets")
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def show_targets(files: tuple[Path, ...]) -> None:
+    """Print the targets of a GPU beside the results in FILES; a missing file holds none."""
+    click.echo(targets.page([line for path in files for line in read(path)]))
 
 
 if __name__ == "__main__":

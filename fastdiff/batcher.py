@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from . import conditioning, noise
+from . import conditioning
 from .capture import CAPTURERS, Captures, Entry, Graph, Stats, graph_of
-from .capture.loops import bytes_of, capturable, check_capturable
+from .capture.cache import check_outside
+from .capture.loops import capturable, check_capturable
+from .capture.work import bytes_of
 from .conditioning import arguments_of, flatten, rebuild, varies
-from .engine.call import Seeds
+from .engine.call import Seeds, seeds_on
 from .engine.job import Job
 from .engine.loops import BAD_OUTPUT, Written, output_problem, watch
 from .engine.places import places_spec
@@ -182,7 +184,7 @@ class Batcher:
                 f"Batcher: all {len(self._left)} places are taken. Call step() until one is free."
             )
         self._check_numbers(x)
-        seeds = None if seed is None else noise.seeds_tensor(seed, 1)
+        seeds = None if seed is None else seeds_on(self._run.spec.device, seed, 1)
         conditioning.check(cond, 1)
         description, leaves = described(self._job.guidance.conditions(cond, 1))
         pairs = zip(self._held, leaves, strict=False)
@@ -194,6 +196,7 @@ class Batcher:
                 "Batcher: a sample's conditioning has the structure, dtypes and numbers of the "
                 f"example, and the same tensors inside tuples and lists; got {cond!r}."
             )
+        check_outside(self._run.spec.device, "Batcher: add() counts places")
         place = self._left.index(0)
         self._run.follow()
         with torch.no_grad():
@@ -246,6 +249,7 @@ class Batcher:
             )
         if not any(self._left):
             raise RuntimeError("Batcher: there is no sample to move. Call add() first.")
+        check_outside(self._run.spec.device, "Batcher: step() counts places")
         self._run.follow()
         self._torn = True
         with torch.no_grad():
@@ -323,7 +327,8 @@ class Batcher:
         key = captures.environment()
         entry = captures.get(key)
         if entry is not None:
-            captures.launch(entry)
+            with captures.turn(entry):
+                captures.launch(entry)
             return
         run = self._run
         held = [t for t in (*run.live(), run.registers.m, run.index) if t is not None]

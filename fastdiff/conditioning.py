@@ -61,41 +61,50 @@ def arguments_of(cond: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 # -- the traversal ---------------------------------------------------------------------------------
 
 
-def walk(value: Any, visit: Visit, path: Path = (), whole: bool = False) -> Any:
+def walk(value: Any, visit: Visit) -> Any:
     """The same structure with every leaf replaced by `visit(leaf, path, whole)`.
 
-    Leaves are tensors, `PerStage`s, empty containers and everything that is no container. `whole`
-    says that a leaf stands in a list, a tuple or a dataclass, so that the network is given it
-    whole. A container in which nothing was replaced is returned itself.
+    Leaves are tensors, `PerStage`s, empty containers and everything that is no container; only the
+    first two are replaced, of the others the visitor returns what it was given. `whole` says that a
+    leaf stands in a list, a tuple or a dataclass, so that the network is given it whole. A
+    container in which nothing was replaced is returned itself.
     """
+    return _walk(value, visit, (), False)[0]
+
+
+def _walk(value: Any, visit: Visit, path: Path, whole: bool) -> tuple[Any, bool]:
+    """The new value, and whether it is another. PyTorch's compiler cannot always ask by `is`."""
     if isinstance(value, _LEAVES):
-        return visit(value, path, whole)
+        new = visit(value, path, whole)
+        return new, new is not value
     if isinstance(value, Mapping) and value:
         own = type(value)
-        inner = {k: walk(v, visit, (*path, (own, k)), whole) for k, v in value.items()}
-        return inner if any(inner[k] is not v for k, v in value.items()) else value
+        inner = {k: _walk(v, visit, (*path, (own, k)), whole) for k, v in value.items()}
+        if not any(other for _, other in inner.values()):
+            return value, False
+        return {k: new for k, (new, _) in inner.items()}, True
     if isinstance(value, (list, tuple)) and value:
         kind = type(value)
-        items = [walk(v, visit, (*path, (kind, i)), True) for i, v in enumerate(value)]
-        if all(new is old for new, old in zip(items, value, strict=True)):
-            return value
-        return kind(*items) if hasattr(value, "_fields") else kind(items)
+        pairs = [_walk(v, visit, (*path, (kind, i)), True) for i, v in enumerate(value)]
+        if not any(other for _, other in pairs):
+            return value, False
+        items = [new for new, _ in pairs]
+        return (kind(*items) if hasattr(value, "_fields") else kind(items)), True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _walk_fields(value, visit, path)
-    return visit(value, path, whole)
+    return visit(value, path, whole), False
 
 
-def _walk_fields(value: Any, visit: Visit, path: Path) -> Any:
+def _walk_fields(value: Any, visit: Visit, path: Path) -> tuple[Any, bool]:
     made = None
     own = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
     # attributes that are no fields: __post_init__ may have made them from tensors
     for name in dict.fromkeys([*own, *getattr(value, "__dict__", ())]):
-        old = getattr(value, name)
-        new = walk(old, visit, (*path, (type(value), name)), True)
-        if new is not old:
+        new, other = _walk(getattr(value, name), visit, (*path, (type(value), name)), True)
+        if other:
             made = copy.copy(value) if made is None else made
             object.__setattr__(made, name, new)
-    return value if made is None else made
+    return (value, False) if made is None else (made, True)
 
 
 def where_of(path: Path, root: str = "cond") -> str:
@@ -167,7 +176,13 @@ def _hidden(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in names if isinstance(name, str)]
 
 
-def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") -> None:
+def check(
+    cond: Any,
+    batch: int,
+    stages: int | None = None,
+    root: str = "cond",
+    device: torch.device | None = None,
+) -> None:
     """Raises unless a conditioning fits a run.
 
     Args:
@@ -175,10 +190,11 @@ def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") 
         batch: Samples B.
         stages: Stages S of the plan; None: a `PerStage` may have any number.
         root: What the conditioning is called in errors.
+        device: Where x lies. None: anywhere.
 
     Raises:
-        ValueError: A tensor that has one entry a sample has another number of them, or a `PerStage`
-            has another number of stages.
+        ValueError: A tensor that has one entry a sample has another number of them, or lies on
+            another device than x and the CPU; or a `PerStage` has another number of stages.
         TypeError: A `PerStage` stands where it would not be seen.
     """
     if cond is None:
@@ -188,6 +204,7 @@ def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") 
         if isinstance(value, PerStage):
             if not whole:
                 _check_samples(value.values[:1].flatten(0, 1), batch, f"one stage of {where}")
+                _check_place(value.values, device, where)
             if stages is not None and len(value.values) != stages:
                 raise ValueError(
                     f"sample: a PerStage has one entry a stage of the plan, {stages} here; got "
@@ -196,6 +213,7 @@ def check(cond: Any, batch: int, stages: int | None = None, root: str = "cond") 
         elif isinstance(value, torch.Tensor):
             if not whole:
                 _check_samples(value, batch, where)
+                _check_place(value, device, where)
         elif any(isinstance(inner, PerStage) for inner in _hidden(value)):
             raise TypeError(
                 "sample: a PerStage stands in dicts, lists, tuples and dataclasses, where it is "
@@ -210,6 +228,20 @@ def _check_samples(tensor: torch.Tensor, batch: int, where: str) -> None:
             f"{batch} here; got {where} of shape {tuple(tensor.shape)}. Expand it, or put a tensor "
             "without a batch dimension inside a tuple, which is handed to the network as it is."
         )
+
+
+def _check_place(tensor: torch.Tensor, device: torch.device | None, where: str) -> None:
+    """Raises where a tensor lies on one GPU and x on another: few networks are meant to join them.
+
+    A network may well move what lies on the CPU, or run on a GPU for an x on the CPU.
+    """
+    if device is None or tensor.device == device or "cpu" in (tensor.device.type, device.type):
+        return
+    raise ValueError(
+        f"sample: conditioning lies where x lies; got {where} on {tensor.device} and x on {device}."
+        " Move it; or, for a network that takes it there, put it inside a tuple, which is handed to"
+        " the network as it is."
+    )
 
 
 # -- making another from it ------------------------------------------------------------------------
@@ -228,14 +260,22 @@ def at_stage(
     return walk(cond, visit)
 
 
-def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
+def flatten(
+    cond: Any, device: torch.device | None = None
+) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
     """A hashable description of the conditioning, and its tensors in order.
+
+    Args:
+        cond: The conditioning.
+        device: Where a captured graph is to read it. None: anywhere.
 
     Returns:
         The description, and each tensor with whether it has one entry a sample.
 
     Raises:
         TypeError: The conditioning holds an object whose changes a captured graph would not see.
+        ValueError: A tensor lies on another device. What a graph does with it is done outside of
+            the graph, or its value is a constant there.
     """
     tensors: list[tuple[torch.Tensor, bool]] = []
     described: list[Hashable] = [type(cond).__qualname__]
@@ -245,6 +285,11 @@ def flatten(cond: Any) -> tuple[Hashable, list[tuple[torch.Tensor, bool]]]:
             staged = isinstance(value, PerStage)
             tensor = value.values if isinstance(value, PerStage) else value
             per_sample = not whole and not staged
+            if device is not None and tensor.device != device:
+                raise ValueError(
+                    f"sample: a captured graph reads its conditioning on x's device, {device}; got "
+                    f"{where_of(path)} on {tensor.device}. Move it, or use graph=None."
+                )
             tensors.append((tensor, per_sample))
             shape = tuple(tensor.shape[1:] if per_sample else tensor.shape)
             described.append((path, staged, per_sample, shape, tensor.dtype, tensor.device))

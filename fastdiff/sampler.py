@@ -11,23 +11,26 @@ from typing import Any
 import torch
 
 from . import backends
-from .capture import Graph, Stats, capturing, graph_of
+from .capture import Graph, Stats, graph_of
+from .capture.buffers import Buffers, check_uncompiled
 from .capture.loops import LoopCaptures, check_capturable
-from .conditioning import requiring_grad
 from .engine import reference
 from .engine.call import (
     Call,
     Callback,
     Seeds,
     check_call,
+    check_differentiable,
     check_extras,
     check_out,
     check_state,
+    check_tracking,
     check_untransformed,
 )
 from .engine.job import Job, job_of
 from .engine.leases import Leases
 from .engine.loops import run_stages
+from .engine.ranges import profiling, span
 from .gradients import (
     AdjointDEIS,
     Discrete,
@@ -216,19 +219,66 @@ class Sampler:
                 call; or what the network returns is, and the stage is named. x is untouched.
             RuntimeError: The network cannot be captured; the message names the rule that it broke.
         """
-        job = self._job
-        call = Call(x, cond, seed, xi, extras, offset, callback, self._check, progress)
+        job, profiled = self._job, profiling()
+        call = Call(x, cond, seed, xi, extras, offset, callback, self._check, progress, profiled)
         if torch.compiler.is_compiling():
             from .engine import traced  # brings in PyTorch's compiler, which is here already then
 
             return traced.sample(job, call, self._gradient, out)
-        check_state(x)
-        check_extras(extras)
+        if not profiled:
+            return self._sampled(job, call, out)
+        with span(True, "sample", job.plan.solver, len(job.plan.stages)):
+            return self._sampled(job, call, out)
+
+    def buffers(
+        self,
+        x: torch.Tensor,
+        cond: Any = None,
+        *,
+        seed: Seeds | None = None,
+        extras: Any = (),
+        offset: int = 0,
+    ) -> Buffers:
+        """Memory for calls like this one, which the caller fills and reads without copies.
+
+        `buffers.run()` samples from `buffers.x`, in place. Arguments and errors are those of a
+        call; their values are copied to where they stand at first. See `fastdiff.capture.Buffers`.
+
+        Raises:
+            ValueError: The sampler has a gradient, or x has no samples.
+            NotImplementedError: graph="stage", or a guidance that computes with the conditioning.
+            RuntimeError: The caller is compiling, or recording a graph of his own.
+        """
+        check_uncompiled()
+        job, call = self._job, Call(x, cond, seed, None, extras, offset, check=self._check)
+        if self._gradient is not None:
+            raise ValueError(
+                f"sample: buffers hold a run without a gradient; got gradient={self._gradient!r}. "
+                "Make them of a Sampler with gradient=None."
+            )
+        self._check_call(job, call)
+        with torch.inference_mode(False), torch.no_grad():  # buffers outlive the caller's mode
+            return Buffers(lambda: self._job, self._captured, call, self._parameters)
+
+    def _parameters(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of the network that may want a gradient."""
+        return parameters_of(self._job.network, self._params)
+
+    def _check_call(self, job: Job, call: Call, out: torch.Tensor | None = None) -> None:
+        """Raises where a call is wrong, before anything is run."""
+        check_state(call.x)
+        check_extras(call.extras)
         if out is not None:
-            check_out(out, x)
-        self._check_tracking(job, call)
+            check_out(out, call.x)
+        check_untransformed(call, self._gradient, self._parameters)
+        check_tracking(call, self._gradient, job.guidance.conditions_given())
         check_call(call, job.plan)
         job.guidance.check(job.plan, call.batch)
+
+    def _sampled(self, job: Job, call: Call, out: torch.Tensor | None) -> torch.Tensor:
+        """A call that is not compiled."""
+        x, cond = call.x, call.cond
+        self._check_call(job, call, out)
         if self._gradient is not None and torch.is_grad_enabled():
             return self._differentiable(job, call, out)
         mode = self._captured.mode(x.device, call.watched)
@@ -247,21 +297,19 @@ class Sampler:
     def _eager(self, job: Job, call: Call, out: torch.Tensor) -> torch.Tensor:
         """Samples on a leased run."""
         spec = job.spec(call.x, call.offset, call.one_bank)
-        with self._leases.borrowed(spec, capturing(call.x.device)) as run:
-            run.load(job.plan, job.guidance)
-            run.fill(call, job.plan)
+        with self._leases.borrowed(spec) as run:
+            with span(call.profiled, "fill"):
+                run.load(job.plan, job.guidance)
+                run.fill(call, job.plan)
             run.begin()
             run_stages(job, run, call)
-            return out.copy_(run.registers.x)
+            with span(call.profiled, "read"):
+                return out.copy_(run.registers.x)
 
     def _differentiable(self, job: Job, call: Call, out: torch.Tensor | None) -> torch.Tensor:
         """A run that autograd can differentiate."""
         gradient, x = self._gradient, call.x
-        if call.check or call.progress or call.callback is not None or out is not None:
-            raise ValueError(
-                f"sample: a run with gradient={gradient!r} takes no callback=, progress=, "
-                "check= or out=. Leave them out, or sample under torch.no_grad()."
-            )
+        check_differentiable(call, gradient, job.plan, out)
         captures = None
         if self._graph is not None and self._graph.mode != "auto":
             if self._graph.mode == "stage" or gradient == "backprop":
@@ -273,16 +321,6 @@ class Sampler:
             mode = self._captured.mode(x.device, watched=False)
             check_capturable(job.kind(x)[3])
             captures = None if mode is None else self._captured.on(x.device)
-        if requiring_grad(call.xi, "xi"):
-            raise ValueError(
-                "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
-                "Detach it."
-            )
-        if job.plan.stochastic and call.seed is None and call.xi is None:
-            raise ValueError(
-                f"sample: {job.plan.solver} draws noise. Give seed= (an integer, or one a "
-                "sample): the backward pass may have to draw it again."
-            )
         if call.batch == 0:
             return x.clone()
         if gradient == "backprop":
@@ -296,31 +334,7 @@ class Sampler:
                 "sample: the backward pass draws noise again from seed=; got xi=. Give seed=, or "
                 'gradient="backprop".'
             )
-        params = parameters_of(job.network, self._params)
-        return differentiable(job, gradient, call, self._pools, params, captures)
-
-    def _check_tracking(self, job: Job, call: Call) -> None:
-        """Raises where a derivative would be lost without a word."""
-        gradient = self._gradient
-        check_untransformed(call, gradient, lambda: parameters_of(job.network, self._params))
-        if gradient is not None and torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                f"sample: nothing can be differentiated in inference mode; got "
-                f"gradient={gradient!r} there. Leave torch.inference_mode(), or use "
-                "torch.no_grad() to sample without a gradient."
-            )
-        if gradient is not None or not torch.is_grad_enabled():
-            return
-        tracked = ["x"] if call.x.requires_grad else []
-        tracked += requiring_grad(call.cond)
-        tracked += requiring_grad(job.guidance.conditions_given(), "uncond")
-        tracked += requiring_grad(call.extras, "extras") if call.extras else []
-        if tracked:
-            raise ValueError(
-                f"sample: gradient=None does not track, and {', '.join(tracked)} requires grad."
-                " Detach it, sample under torch.no_grad(), or choose a gradient: 'discrete', "
-                "fastdiff.AdjointDEIS() or 'backprop'."
-            )
+        return differentiable(job, gradient, call, self._pools, self._parameters(), captures)
 
 
 def sample(

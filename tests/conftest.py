@@ -19,7 +19,7 @@ if not HAS_CUDA:
 torch.set_num_threads(1)
 
 from support.core import INSTRUCTION_SETS, native  # noqa: E402  (after triton's environment)
-from support.gpu import device, host_core, usable  # noqa: E402, F401
+from support.gpu import PYTORCHS_OWN, device, host_core, usable  # noqa: E402, F401
 from support.recorder import Recorder  # noqa: E402
 
 
@@ -41,6 +41,10 @@ def many(request: pytest.FixtureRequest) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_CUDA:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                for allowed in PYTORCHS_OWN:
+                    item.add_marker(pytest.mark.filterwarnings(allowed))
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False here")
     for item in items:

@@ -322,3 +322,60 @@ def test_a_step_that_was_broken_off_half_way_is_not_gone_on_with(error, spoil):
     while place not in done:
         done = batcher.step()
     assert torch.allclose(done[place], fd.sample(torch_tanh, x[None], plan)[0], atol=1e-6)
+
+
+@needs_core
+@pytest.mark.parametrize("what", ["add", "step"])
+@pytest.mark.parametrize("whose", ["a captured network", "somebody"])
+def test_a_batcher_inside_a_recording_is_refused(whose, what, recorder):
+    """Its places are counted in Python; and a capture in a capture would wait for itself."""
+    batcher = fd.Batcher(network, PLANS, (2, 6), graph="stage")
+    batcher.add(torch.randn(6))
+
+    def call():
+        return batcher.step() if what == "step" else batcher.add(torch.randn(6))
+
+    def net(x, t):
+        call()
+        return network(x, t)
+
+    says = rf"{what}\(\) counts places in Python.*Call it outside"
+    if whose == "somebody":
+        with recorder.recording("stream 1", "his"), pytest.raises(RuntimeError, match=says):
+            call()
+    else:
+        sampler = fd.Sampler(net, PLANS[0], graph="loop")
+        with pytest.raises(RuntimeError, match=says):
+            sampler(torch.randn(2, 6))
+    assert batcher.free == 1
+    batcher.step()
+    assert batcher.add(torch.randn(6)) == 1
+
+
+@needs_core
+def test_a_network_that_steps_a_batcher_runs_eagerly_by_itself(recorder):
+    batcher = fd.Batcher(network, [plan_of("ddim", 40)], (1, 6), graph="stage")
+    batcher.add(torch.randn(6))
+
+    def net(x, t):
+        batcher.step()
+        return network(x, t)
+
+    sampler, x = fd.Sampler(net, PLANS[0]), torch.randn(2, 6)
+    expected = sampler(x)
+    with pytest.warns(RuntimeWarning, match="counts places in Python"):
+        assert torch.equal(sampler(x), expected)
+    assert batcher.stats().captures == 1
+
+
+def test_seeds_of_a_request_may_lie_on_the_device(monkeypatch):
+    batcher = fd.Batcher(network, [fd.plan(VP, "ddpm", 3)], (2, 6), graph=None)
+    x = torch.randn(6)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    batcher.add(x, seed=torch.tensor([7]))
+    monkeypatch.undo()
+    batcher.add(x, seed=7)
+    done = {}
+    while len(done) < 2:
+        done.update(batcher.step())
+    assert torch.equal(done[0], done[1])

@@ -27,6 +27,8 @@ FLOW = fd.schedules.FlowMatching()
 F32, F64 = torch.float32, torch.float64
 BACKENDS = [name for name, state in fd.backends.status().items() if state == "available"]
 EACH = pytest.mark.parametrize("backend", BACKENDS)
+if "triton" in BACKENDS:
+    from support.interpreted import FUSES
 needs_core = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled core is not built")
 SHAPE = (3, 2, 5)
 
@@ -246,7 +248,9 @@ TIMES, SNR, SEEDS = grid_of(4), 0.16, [3, 1 << 40, -5]
 LANGEVIN = corrected(VP, TIMES, snr=SNR)
 
 
-@EACH
+@pytest.mark.parametrize(
+    "backend", [pytest.param(n, marks=[FUSES] if n == "triton" else []) for n in BACKENDS]
+)
 def test_a_langevin_step_is_a_row_with_measures(backend):
     def drawn(i):
         ((stream, _),) = LANGEVIN.stages[2 * i + 1].noise
@@ -267,11 +271,13 @@ def test_a_samples_measures_do_not_depend_on_its_batch(backend):
         assert torch.equal(alone[0], whole[b])
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @needs_core
-def test_measures_have_the_same_bits_everywhere():
+@pytest.mark.parametrize(
+    "other", [pytest.param("triton", marks=FUSES)] if "triton" in BACKENDS else []
+)
+def test_measures_have_the_same_bits_everywhere(other):
     x = values(2, 2100)
-    run = [fd.sample(network, x, LANGEVIN, seed=1, backend=name) for name in ("cpu", "triton")]
+    run = [fd.sample(network, x, LANGEVIN, seed=1, backend=name) for name in ("cpu", other)]
     assert torch.equal(*run)
 
 

@@ -37,7 +37,7 @@ def pixels(path: str) -> np.ndarray:
 def test_help_and_version_of_every_command():
     assert run("--version").output == f"fastdiff {fd.__version__}\n"
     listed = run("--help").output
-    for command in ("sample", "compare", "plan", "solvers", "doctor"):
+    for command in ("sample", "compare", "plan", "solvers", "doctor", "bench"):
         assert command in listed
         shown = run(command, "--help")
         assert shown.exit_code == 0

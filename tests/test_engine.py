@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +17,6 @@ from support.core import FAST, needs_core
 import fastdiff as fd
 from fastdiff.engine.call import Call
 from fastdiff.engine.job import job_of
-from fastdiff.engine.leases import Leases
 from fastdiff.engine.loops import Written, run_stages
 from fastdiff.engine.run import Run
 from fastdiff.guidance import UNGUIDED
@@ -31,59 +31,6 @@ def job(plan, backend=None, guidance=None, net=network):
 
 def spec_of(plan, shape=(2, 5), **options):
     return job(plan, **options).spec(torch.empty(shape))
-
-
-# -- leases ----------------------------------------------------------------------------------------
-
-
-def test_a_run_is_lent_to_one_call_at_a_time():
-    leases, spec = Leases(), spec_of(plan_of())
-    first, second = leases.lend(spec), leases.lend(spec)
-    assert first is not second
-    leases.give_back(first)
-    assert leases.lend(spec) is first
-    assert leases.lend(spec) not in (first, second)
-
-
-def test_few_idle_runs_are_kept_and_of_few_specs():
-    leases, spec = Leases(), spec_of(plan_of())
-    runs = [leases.lend(spec) for _ in range(20)]
-    for run in runs:
-        leases.give_back(run)
-    kept = [leases.lend(spec) for _ in range(20)]
-    assert 1 <= sum(run in runs for run in kept) <= 8
-    other = leases.lend(spec_of(plan_of(), (3, 5)))  # the one spec that is kept
-    leases.give_back(runs[0])
-    assert leases.lend(spec) is not runs[0]
-    leases.give_back(other)
-    leases.clear()
-    assert leases.lend(other.spec) is not other
-
-
-def test_runs_of_recordings_are_lent_inside_recordings_alone():
-    leases, spec = Leases(), spec_of(plan_of())
-    recorded = leases.lend(spec, recorded=True)
-    leases.give_back(recorded, recorded=True)
-    plain = leases.lend(spec)
-    assert plain is not recorded
-    leases.give_back(plain)
-    leases.clear()
-    assert leases.lend(spec, recorded=True) is recorded
-    assert leases.lend(spec, recorded=True) not in (recorded, plain)
-
-
-@pytest.mark.parametrize(
-    "move", [lambda t: t.resize_(1 << 16), lambda t: t.set_(torch.zeros(1)), "data"]
-)
-def test_a_run_whose_memory_was_moved_is_not_lent_again(move):
-    leases, spec = Leases(), spec_of(plan_of())
-    run = leases.lend(spec)
-    if move == "data":
-        run.registers.x.data = torch.zeros(2)
-    else:
-        move(run.registers.x)
-    leases.give_back(run)
-    assert leases.lend(spec) is not run
 
 
 def memory_of(sampler, x, calls):
@@ -470,16 +417,17 @@ def test_the_plain_loop_makes_no_tensor(guided):
 
 
 def test_a_sampler_leaves_no_run_behind():
+    others = weakref.WeakSet(each for each in gc.get_objects() if type(each) is Run)
+
     def runs():
         gc.collect()
-        return sum(type(each) is Run for each in gc.get_objects())
+        return sum(type(each) is Run and each not in others for each in gc.get_objects())
 
-    before = runs()
     sampler = fd.Sampler(network, plan_of(), graph=None)
     for n in range(1, 6):
         sampler(torch.randn(n, 5))
         with contextlib.suppress(ValueError):
             sampler(torch.randn(n, 5), callback=lambda i, t, x, x0: x.add_(1.0))
-    assert runs() - before <= 1
+    assert runs() <= 4  # idle ones, of the shapes that were met last
     sampler.release()
-    assert runs() == before
+    assert runs() == 0

@@ -188,17 +188,17 @@ def test_random_numbers_that_cannot_be_drawn_again_are_refused(gradient):
 class Counted(Leases):
     """Leases that count what is lent and what came back."""
 
-    def __init__(self, specs=1):
-        super().__init__(specs)
+    def __init__(self):
+        super().__init__()
         self.lent = self.back = 0
 
-    def lend(self, spec, recorded=False):
+    def lend(self, spec):
         self.lent += 1
-        return super().lend(spec, recorded)
+        return super().lend(spec)
 
-    def give_back(self, run, recorded=False):
+    def give_back(self, run):
         self.back += 1
-        super().give_back(run, recorded)
+        super().give_back(run)
 
 
 @WAYS
@@ -218,7 +218,7 @@ def test_every_run_comes_back_but_one_in_which_something_was_raised(gradient):
     def left():
         """Runs that one call and its backward pass leave lent."""
         calls.clear()
-        pools, job = Pools(Counted(), Counted(specs=4)), Job(network, plan, UNGUIDED)
+        pools, job = Pools(Counted(), Counted()), Job(network, plan, UNGUIDED)
         told = contextlib.nullcontext()
         if broken:
             told = pytest.raises(KeyError if "error" in broken.values() else Written)

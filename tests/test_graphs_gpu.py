@@ -2,6 +2,7 @@
 """CUDA graphs: what the recorder's tests say, and what only a device can show."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from support.captures import MODES, network, plan_of, poisoned
 from support.nets import Net
 
 import fastdiff as fd
+from fastdiff.capture import CAPTURERS
 
 
 def on_gpu(shape, seed=0):
@@ -124,6 +126,91 @@ def test_gpu_networks_that_synchronise_are_refused_and_leave_the_process_usable(
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     assert fd.Sampler(network, plan_of(), graph=mode)(x).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("net", [_item, _host, _branch])
+def test_gpu_waits_are_found_before_recording_while_other_threads_live(net, monkeypatch):
+    monkeypatch.setattr(
+        CAPTURERS["cuda"], "record", lambda *_: pytest.fail("recorded"), raising=False
+    )
+    end = threading.Event()
+    other = threading.Thread(target=end.wait)
+    other.start()
+    try:
+        with pytest.raises(RuntimeError, match=f"synchronizing.*in {net.__name__}.*graph=None"):
+            fd.Sampler(net, plan_of(), graph="loop")(on_gpu((3, 16)))
+    finally:
+        end.set()
+        other.join()
+
+
+@pytest.mark.gpu
+def test_gpu_a_broken_recording_leaves_earlier_and_later_captures_usable():
+    x = on_gpu((3, 16))
+    broken = []
+
+    def net(x, t):
+        if broken and torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return network(x, t)
+
+    sampler = fd.Sampler(net, plan_of(), graph="loop")
+    for _ in range(2):
+        assert torch.equal(sampler(x), fd.sample(network, x, plan_of(), graph=None))
+        broken.append(1)
+        with pytest.raises(RuntimeError, match="graph=None"):
+            sampler(x[:2])
+        broken.clear()
+        for rows in (x[:2], x[:1], x):
+            assert torch.equal(sampler(rows), fd.sample(network, rows, plan_of(), graph=None))
+        pinned = torch.ones(4).pin_memory()  # PyTorch's allocator of pinned memory works on
+        assert float(pinned.cuda().sum()) == 4.0
+        sampler.release()
+
+
+def _replaced(net):
+    net.linear.weight = torch.nn.Parameter(net.linear.weight.detach() * 2)
+
+
+def _scaled(net):
+    net.scale = net.scale * 0.5
+
+
+@pytest.mark.gpu
+@MODES
+@pytest.mark.parametrize("change", [_replaced, _scaled, lambda net: net.cpu() and net.cuda()])
+def test_gpu_replaced_weights_are_never_read(change, mode):
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__(dropout=0.5)
+            self.scale = torch.full((1 << 22,), 2.0, device="cuda")
+
+        def forward(self, x, t):
+            return super().forward(x, t) * self.scale[:5]
+
+    net, plan, x = Scaled().eval().cuda(), plan_of(), on_gpu((64, 5))
+    sampler = fd.Sampler(net, plan, graph=mode)
+    sampler(x)
+    for captures in (2, 3):
+        change(net)
+        torch.cuda.empty_cache()  # what a graph reads is not given back to the driver
+        torch.testing.assert_close(sampler(x), fd.sample(net, x, plan, graph=None))
+        assert sampler.stats().captures == captures
+
+
+@pytest.mark.gpu
+def test_gpu_a_replay_of_moved_weights_leaves_the_generator_as_an_eager_run_does():
+    x, net, plan = on_gpu((64, 5)), Net(dropout=0.5).cuda(), plan_of()
+    sampler = fd.Sampler(net, plan, graph="loop")
+    sampler(x)
+    _replaced(net)
+    torch.cuda.manual_seed(1)
+    expected = fd.sample(net, x, plan, graph=None)
+    after = torch.cuda.get_rng_state()
+    torch.cuda.manual_seed(1)
+    torch.testing.assert_close(sampler(x), expected)
+    assert torch.equal(torch.cuda.get_rng_state(), after)
 
 
 @pytest.mark.gpu

@@ -2,12 +2,15 @@
 """What cannot be captured is refused by the rule that it broke, and leaves a usable sampler."""
 
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.captures import MESSAGES, MODES, network, plan_of
+from support.captures import MESSAGES, MODES, entries_of, network, plan_of
 from support.core import needs_core
 from support.nets import Net
+from torch._dynamo.testing import CompileCounter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -94,6 +97,99 @@ def test_the_rule_that_a_network_broke_is_named(message, where, recorder):
     recorder.synchronises = recorder.failure = None
     assert torch.equal(sampler(x), fd.sample(network, x, plan_of()))  # usable
     assert recorder.pools == (1 if where == "rehearsal" else 2)  # a broken pool is not used again
+
+
+@needs_core
+def test_a_pool_in_which_a_recording_broke_is_not_used_again(recorder):
+    broken, record = set(), recorder.record
+
+    def refusing(device, body, pool):
+        if pool in broken:
+            raise RuntimeError("beginAllocateToPool: already recording to pool_id")
+        try:
+            return record(device, body, pool)
+        except RuntimeError:
+            broken.add(pool)
+            raise
+
+    recorder.record, recorder.bytes_each = refusing, 1000
+    sampler, xs = fd.Sampler(network, plan_of(), graph="loop"), torch.randn(4, 3, 5)
+    sampler(xs[0])
+    recorder.failure = RuntimeError(MESSAGES["sync"][0])
+    with pytest.raises(RuntimeError, match="neither waits"):
+        sampler(xs[0, :2])
+    recorder.failure = None
+    results = [sampler(x) for x in (xs[0, :2], xs[1], xs[2, :1])]
+    wanted = [fd.sample(network, x, plan_of()) for x in (xs[0, :2], xs[1], xs[2, :1])]
+    assert all(map(torch.equal, results, wanted))
+    assert (recorder.pools, broken) == (2, {1})
+    stats = sampler.stats()
+    assert (stats.captures, stats.loops) == (3, 3)
+    own = sum(entry.bytes for entry in entries_of(sampler))
+    assert stats.bytes - own == 3 * 1000  # one graph in the first pool, two in the second
+    sampler.release()
+    assert sampler.stats().bytes == 0
+
+
+@needs_core
+def test_a_pools_memory_goes_with_its_last_capture(recorder):
+    recorder.bytes_each = 1000
+    sampler, x = fd.Sampler(network, plan_of(), graph=fd.Graph("loop", loops=1)), torch.randn(3, 5)
+    sampler(x)
+    recorder.failure = RuntimeError(MESSAGES["sync"][0])
+    with pytest.raises(RuntimeError, match="neither waits"):
+        sampler(x[:2])
+    recorder.failure = None
+    sampler(x[:2])  # the first pool has no capture left
+    (entry,) = entries_of(sampler)
+    assert sampler.stats().bytes - entry.bytes == 1000
+
+
+@needs_core
+def test_the_line_that_waits_is_named_while_other_threads_live(recorder):
+    def net(x, t):
+        return network(x, t) * float(x.abs().mean())
+
+    recorder.watched = "cpu"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(time.sleep, (0.01, 0.01)))
+        with pytest.raises(
+            capture.CaptureRefused,
+            match=r"neither waits.*test_graphs_refusals\.py:\d+, in net: ret",
+        ):
+            fd.Sampler(net, plan_of(), graph="loop")(torch.randn(3, 5))
+    assert recorder.recorded == 0  # found before a recording broke
+
+
+@needs_core
+@pytest.mark.parametrize("case", ["plain", "guided", "discrete", "adjoint"])
+@pytest.mark.parametrize("solver", ["deis-3", "ddpm", "dpmpp-2m"])
+def test_what_the_library_itself_records_does_not_wait(solver, case, recorder):
+    gradient = {"discrete": "discrete", "adjoint": fd.AdjointDEIS(2)}.get(case)
+    guidance = fd.CFG(2.0, uncond={"y": 0.0}) if case == "guided" else None
+    cond = {"y": torch.randn(3)} if guidance else None
+    net = Net().requires_grad_(gradient is not None)
+    options = {"gradient": gradient, "guidance": guidance, "graph": "loop"}
+    recorder.watched = "cpu"
+    sampler = fd.Sampler(net, plan_of(solver), **options)
+    x = torch.randn(3, 5, requires_grad=gradient is not None)
+    assert sampler(x, cond, seed=1).isfinite().all()
+    assert sampler.stats().captures == 1
+
+
+@needs_core
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what the compiler imports
+def test_a_compiled_network_is_looked_at_without_compiling_it_again(recorder):
+    counted, net = CompileCounter(), Net()
+    compiled = torch.compile(net, backend=counted)
+    recorder.watched = "cpu"
+    sampler, x = fd.Sampler(compiled, plan_of(), graph="loop"), torch.randn(3, 5)
+    net.requires_grad_(False)
+    expected = fd.sample(compiled, x, plan_of(), graph=None)
+    frames = counted.frame_count
+    assert torch.equal(sampler(x), expected)
+    assert torch.equal(sampler(x), expected)
+    assert (sampler.stats().captures, counted.frame_count) == (1, frames)
 
 
 @needs_core

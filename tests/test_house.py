@@ -26,6 +26,7 @@ FLOORS = (
     ("sampler", "batcher"),
     ("models",),
     ("",),
+    ("bench",),
     ("cli",),
 )
 LINES = {"fastdiff": 400, "kernels": 400, "csrc": 400, "tests": 500, "benchmarks": 300}
@@ -243,10 +244,10 @@ def foreign_privates(tree: ast.Module) -> list[str]:
     return found
 
 
-# Attributes of PyTorch's tensors and modules and of named tuples that have no public form.
+# Attributes of PyTorch's tensors, modules and operators, and of named tuples: they have no other.
 TENSORS = (
     *("_version", "_parameters", "_buffers", "_modules", "_backward_hooks"),
-    *("_replace", "_fields", "_asdict"),
+    *("_schema", "_replace", "_fields", "_asdict"),
 )
 
 

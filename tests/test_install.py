@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is built from the tree: what it holds, that it installs and samples, and what it needs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def shipped_files() -> set[str]:
     """What a wheel holds, read off the tree."""
     files = {"fastdiff/py.typed"}
     for folder, name in (("fastdiff", "fastdiff"), ("kernels", "fastdiff/kernels")):
-        for pattern in ("*.py", "*.safetensors"):
+        for pattern in ("*.py", "*.json", "*.safetensors"):
             files |= {
                 f"{name}/{path.relative_to(ROOT / folder).as_posix()}"
                 for path in (ROOT / folder).rglob(pattern)
@@ -80,7 +81,7 @@ print(fd.__file__)
 """
 
 
-def test_the_wheel_installs_into_a_clean_environment_and_samples(wheel, tmp_path):
+def test_the_wheel_installs_into_a_clean_environment_samples_and_measures(wheel, tmp_path):
     home = tmp_path / "environment"
     done = run(sys.executable, "-m", "venv", "--without-pip", home, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -96,6 +97,14 @@ def test_the_wheel_installs_into_a_clean_environment_and_samples(wheel, tmp_path
     done = run(python, "-c", SAMPLE, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_relative_to(home), done.stdout
+    bench = ("-m", "fastdiff.cli", "bench", "stage", "--size", "64KiB", "--rounds", "1")
+    done = run(python, *bench, "--json", "r.jsonl", cwd=tmp_path, PYTHONPATH="")
+    assert done.returncode == 0, done.stderr
+    assert "no commit is known: the package as it is installed" in done.stdout
+    assert "fastdiff cpu" in done.stdout
+    lines = (tmp_path / "r.jsonl").read_text(encoding="utf-8").splitlines()
+    (commit,) = {json.loads(line)["commit"] for line in lines}
+    assert commit.startswith("version ")
 
 
 def test_an_installation_without_a_compiler_says_what_is_missing(tree, tmp_path):

@@ -78,7 +78,8 @@ def test_a_name_missing_from_fastdiff_kernels_is_an_ordinary_error():
 PUBLIC = {
     "fastdiff": "AdjointDEIS Batcher CFG Discrete Graph Measure PerStage Plan Product Reduction "
     "Sampler Stage backends grids models noise plan sample schedules solvers",
-    "fastdiff.backends": "Backend BoundStage Registers choose get names status",
+    "fastdiff.backends": "Backend BoundStage LARGE Registers Table choose get measure names rivals "
+    "status table",
     "fastdiff.grids": "build names",
     "fastdiff.models": "DigitsClassifier DigitsDiT EmpiricalDenoiser ExactModel GaussianMixture "
     "digits digits_classifier digits_data",

@@ -11,6 +11,9 @@ import torch
 from click.testing import CliRunner
 
 import fastdiff as fd
+from fastdiff.bench import captured, gate, gradients, rows, stages
+from fastdiff.bench import loops as sampling_loops
+from fastdiff.bench.flows import Flow, vp_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -24,13 +27,7 @@ def load(name):
     return importlib.import_module(name)
 
 
-gate, rows, flows, loops, eager = (
-    load(name)
-    for name in (
-        *("harness.gate", "problems.rows", "problems.flows", "problems.loops"),
-        "rivals.eager",
-    )
-)
+flows, loops, eager = (load(name) for name in ("problems.flows", "problems.loops", "rivals.eager"))
 
 
 def invoke(name, *arguments, code=0):
@@ -49,27 +46,27 @@ def needs(package):
 
 def test_a_stage_that_differs_by_a_bit_is_not_timed(monkeypatch):
     stage = load("bench_stage")
-    stage.gate(rows.CHOSEN[-1], CPU)
+    stages.gate(rows.CHOSEN[-1], CPU)
     real = fd.backends.get("cpu")
 
     class Wrong:
         missing = staticmethod(lambda: None)
+        supports = staticmethod(lambda *asked: None)
 
         @staticmethod
         def bind(registers, table, layout):
             registers.x.view(torch.int32)[0, 0] += 1024
             return real.bind(registers, table, layout)
 
-    monkeypatch.setattr(stage, "available", lambda device: ["wrong"])
+    monkeypatch.setattr(stages, "available", lambda device: ["wrong"])
     monkeypatch.setattr(fd.backends, "get", lambda name: Wrong if name == "wrong" else real)
     monkeypatch.setattr(stage, "measure", lambda *a: pytest.fail("it timed"))
     with pytest.raises(gate.GateError, match="to the bit"):
-        stage.gate(rows.Case(), CPU)
+        stages.gate(rows.Case(), CPU)
     assert "6 gates stayed shut" in invoke("stage", "--device", "cpu", "--largest", 0.07, code=1)
 
 
 def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
-    stage = load("bench_stage")
     real = fd.backends.get("cpu")
 
     class Refusing:
@@ -80,22 +77,24 @@ def test_what_a_device_refused_shuts_the_gate_of_the_stage(monkeypatch):
         def check(self):
             raise ValueError("the device refused a row")
 
-    backend = types.SimpleNamespace(missing=lambda: None, bind=Refusing)
-    monkeypatch.setattr(stage, "available", lambda device: ["refusing"])
+    backend = types.SimpleNamespace(
+        missing=lambda: None, supports=lambda *asked: None, bind=Refusing
+    )
+    monkeypatch.setattr(stages, "available", lambda device: ["refusing"])
     monkeypatch.setattr(fd.backends, "get", lambda name: backend if name == "refusing" else real)
     with pytest.raises(ValueError, match="the device refused a row"):
-        stage.gate(rows.Case(), CPU)
+        stages.gate(rows.Case(), CPU)
 
 
 def test_a_wrong_loop_is_not_timed(monkeypatch):
     loop = load("bench_loop")
     parts = loops.parts_of(loops.Case("mlp", (2, 16), 10), CPU)
-    ddim = load("problems.plans").plan_on_training_times("ddim", 10)
+    ddim = importlib.import_module("fastdiff.bench.problems").plan_on_training_times("ddim", 10)
     wrong = fd.sample(parts.network, parts.start, ddim, cond=parts.cond)
     with pytest.raises(gate.GateError, match=r"diffusers eager, MLP \[2,16\]"):
         loop.gate(parts, {"diffusers eager": lambda: wrong}, loop.reference(parts))
     monkeypatch.setattr(loop, "reference", lambda parts: 1.001 * parts.start)
-    monkeypatch.setattr(loop, "race", lambda *a, **k: pytest.fail("it timed"))
+    monkeypatch.setattr(sampling_loops, "race", lambda *a, **k: pytest.fail("it timed"))
     output = invoke("loop", "--device", "cpu", "--case", "null", code=1)
     assert "1 gates stayed shut" in output
     assert "fastdiff eager |" not in output
@@ -112,7 +111,7 @@ def test_a_wrong_solver_of_diffusers_is_not_compared(monkeypatch):
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch):
-    shared, module = load("gradient_gate"), load("bench_gradients")
+    shared = load("gradient_gate")
     real = shared.gradients
 
     def wrong(flow, plan, gradient, **options):
@@ -122,7 +121,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch):
         return found
 
     monkeypatch.setattr(shared, "gradients", wrong)
-    monkeypatch.setattr(module, "race", lambda *a, **k: pytest.fail("it timed"))
+    monkeypatch.setattr(gradients, "race", lambda *a, **k: pytest.fail("it timed"))
     output = invoke("gradients", "--part", "time", "--device", "cpu", code=1)
     assert "Gate: gradients: GateError: AdjointDEIS(2), of theta" in output
 
@@ -164,10 +163,9 @@ def test_triton_passes_the_gate_of_the_stage(monkeypatch):
     triton = pytest.importorskip("triton", reason="pip install triton")
     if torch.cuda.is_available() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
         pytest.skip("for the interpreter of triton 3.9 or newer, which fuses fma")
-    stage = load("bench_stage")
-    monkeypatch.setattr(stage, "available", lambda device: ["triton", "torch"])
+    monkeypatch.setattr(stages, "available", lambda device: ["triton", "torch"])
     for case in rows.CHOSEN:
-        stage.gate(case, CPU, (2, 80))
+        stages.gate(case, CPU, (2, 80))
 
 
 @pytest.mark.filterwarnings("ignore")  # diffusers' own
@@ -177,7 +175,7 @@ def test_the_rivals_of_a_loop_end_where_it_ends(kind, recorder):
     shape = {"null": (2, 3, 4, 4), "mlp": (2, 16), "conv": (2, 16, 3)}[kind]
     parts = loops.parts_of(loops.Case(kind, shape, 5, small=True), CPU)
     made = {graph: loop.ours(parts, graph) for graph in (None, "stage", "loop")}
-    made |= {"replay": loop.replay_alone(parts), "alone": loop.alone(parts)}
+    made |= {"replay": captured.replay_alone(parts), "alone": loop.alone(parts)}
     if loop.installed("diffusers"):
         made["diffusers"] = load("rivals.diffusers").loop_around(parts)
     with torch.no_grad():
@@ -202,8 +200,8 @@ def test_loops_compiled_whole_end_where_the_reference_does():
 
 def test_a_fine_path_has_the_noise_of_the_coarse_one():
     network = lambda x, t: torch.full_like(x, 0.3)  # noqa: E731
-    flow = flows.Flow("", network, "x0", torch.randn(3, 4).double())
-    plan = flows.vp_plan(flow, "ddim", 4, eta=1.0)
+    flow = Flow("", network, "x0", torch.randn(3, 4).double())
+    plan = vp_plan(flow, "ddim", 4, eta=1.0)
     fine, xi = load("bench_adjoint").path_of(flow, plan, 8, seed=0)
     assert len(fine.stages) == len(xi) == 4 * 8
     # the network says the same everywhere, so both end where the path takes them

@@ -17,6 +17,7 @@ from support.interpreted import (
     network,
     poison_unread,
     same,
+    takes_few,
 )
 from support.rows import DTYPES, random_output, random_registers, random_row, raw
 
@@ -101,7 +102,10 @@ def test_normals_are_the_definitions_bit_for_bit(device, rows, cols, stream):
 def test_a_stage_gives_the_bits_of_the_compiled_core(device, state, size):
     rng = np.random.default_rng(size)
     cases = 18 if state == F32 else 6
-    for case in range(cases // 3 if size > 1023 else cases):
+    cases = cases // 3 if size > 1023 else cases
+    if takes_few(device) and size not in (16, 17):  # these have what divides and what does not
+        cases = min(cases, 2)
+    for case in range(cases):
         batch = case % 3 + 1
         layout = Layout(terms=case % 5, branches=case % 2 + 1, extras=2 * (case % 4 == 3))
         with_e, draws = case % 3 > 0, [0, 1, 2, 1][case // 2 % 4]
@@ -122,7 +126,7 @@ def test_a_stage_gives_the_bits_of_the_compiled_core(device, state, size):
 @FUSES
 def test_each_sample_may_stand_at_its_own_row(device, shape):
     rng = np.random.default_rng(shape[1])
-    for case in range(4):
+    for case in range(1 if takes_few(device) and shape != (7, 16) else 4):
         layout = Layout(terms=3, branches=case % 2 + 1, extras=case // 2)
         rows = [random_row(rng, layout, True, k % 3, clip=k % 2 == 0) for k in range(6)]
         registers = random_registers(rng, shape, F32, layout, True, DTYPES[case])
@@ -268,7 +272,8 @@ SOLVERS = ["ddim", "deis-3", "dpmpp-3m", "dpm-3", "deis-kutta3", "ddpm"]
 @FUSES
 def test_a_whole_plan_gives_the_bits_of_the_compiled_core(device, solver):
     plan = fd.plan(fd.schedules.VPLinear(), solver, 4 if solver != "dpm-3" else 2)
-    for dtype, network_dtype in ((F32, None), (F32, BF16), (F64, None)):
+    dtypes = [(F32, BF16), (F32, None), (F64, None)]
+    for dtype, network_dtype in dtypes[:1] if takes_few(device) and solver != "ddpm" else dtypes:
         x = fd.noise.prior(plan, (3, 2, 5, 3), seeds=1, dtype=dtype)
         options = {"seed": 4, "dtype": network_dtype}
         wanted = fd.sample(network, x, plan, backend="cpu", **options)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks, plans and registers that the benchmarks measure, free of rivals."""
+"""Networks and flows that the benchmarks measure beside the library's own, free of rivals."""

@@ -7,10 +7,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness.plots import curve, new_figure, save
-from harness.records import Record
-from harness.text import number, table
 from problems.flows import TITLES
+
+from fastdiff.bench.plots import curve, new_figure, save
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import number, table
 
 THEIRS = "torchdiffeq"
 OUR_BEST, THEIR_BEST = "best of ours", "best of torchdiffeq"

@@ -6,33 +6,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from harness.records import Record
-from harness.text import microseconds, number, table
-from harness.text import size as size_text
+from fastdiff.bench import gradients
+from fastdiff.bench.gradients import BACKPROP, BARE, DISCRETE
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import microseconds, number, table
+from fastdiff.bench.text import size as size_text
 
-BARE = "bare network"
-DISCRETE, SEGMENTS = "discrete", "discrete, a checkpoint every {} steps"
+SEGMENTS = "discrete, a checkpoint every {} steps"
 ADJOINT, RESOLVED = "AdjointDEIS(2)", 'AdjointDEIS(2, states="resolve")'
-CAPTURED, ADJOINT_CAPTURED = "discrete, captured", "AdjointDEIS(2), captured"
-BACKPROP, CHECKPOINTED = "backprop", "backprop, checkpointed by step"
+ADJOINT_CAPTURED = "AdjointDEIS(2), captured"
+CHECKPOINTED = "backprop, checkpointed by step"
 MIDPOINT, DOPRI = "torchdiffeq midpoint, as many calls", "torchdiffeq dopri5, tol 1e-3"
 RATIO = 1.10  # at most, of the time of forward and gradient over the bare network's
 KEPT = 0.01  # at most so much of the activations of a step stays beside its state
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(gradients.Case):
     """A network, a batch, a number of steps, and whether the parameters want a gradient too."""
 
-    kind: str
-    batch: int
-    theta: bool = False
-    steps: int = 20
-
-    def __str__(self) -> str:
-        name = {"digits": "digits network", "mlp": "MLP policy", "dit": "DiT-S/2-sized"}[self.kind]
-        return f"{name}, batch {self.batch}, {'a_x and a_theta' if self.theta else 'a_x'}"
+    titles: ClassVar[Mapping[str, str]] = {**gradients.TITLES, "dit": "DiT-S/2-sized"}
 
 
 def page(records: Sequence[Record], place: str) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.plots import COLOURS, curve, new_figure, save
-from harness.records import Record
-from harness.text import number, table
 from problems.flows import TITLES
+
+from fastdiff.bench.plots import COLOURS, curve, new_figure, save
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import number, table
 
 Row = dict[str, Any]  # problem, grid, solver, rival, nfe, error
 

@@ -8,36 +8,37 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from harness.machine import MIB
-from harness.records import Record
-from harness.text import number, table
-from problems.rows import SHOWN, TINY, Case, all_cases, register_text
 
-LARGE = 64 * MIB  # registers from here on are held to `SHARE`
+from fastdiff.bench.machine import MIB
+from fastdiff.bench.records import Record
+from fastdiff.bench.rows import SHOWN, TINY, Case, all_cases, large_from, register_text
+from fastdiff.bench.text import number, table
+
 SHARE = 0.90
 CUDA_HOST, ABOVE_LAUNCHER = 8.0, 5.0  # us
-COPY, LAUNCHER = "copy_", "triton, empty kernel"
+LAUNCHER = "triton, empty kernel"
 EAGER, INDUCTOR, THEIRS = "eager torch, hoisted", "torch.compile", "diffusers DPM++2M"
 
 
 def page(records: Sequence[Record], place: str) -> str:
     """The bandwidth of a copy, the targets, the rows of `SHOWN`, then all others."""
-    blocks = [copies(records), targets(records, place)]
+    blocks = [copies(records, place), targets(records, place)]
     for shown in (True, False):
         found = [r for r in records if (case_of(r) in SHOWN) == shown]
         blocks += [report(found)] * bool(found)
     return "\n\n".join(block for block in blocks if block)
 
 
-def copies(records: Sequence[Record]) -> str:
+def copies(records: Sequence[Record], place: str) -> str:
     """The bandwidth of the large copy that small cells are held against."""
-    small = [r for r in records if 4 * math.prod(r["shape"]) < LARGE and r["share"]]
+    large = large_from(place)
+    small = [r for r in records if 4 * math.prod(r["shape"]) < large and r["share"]]
     if not small:
         return ""
     line = max(small, key=lambda r: r["share"])  # of the most digits
     best, median = (line["bandwidth" + s] / line["share" + s] for s in ("", "_median"))
     return (
-        "Shares of registers under 64 MiB are of one large `copy_`: "
+        f"Shares of registers under {large // MIB} MiB are of one large `copy_`: "
         f"{number(best)} / {number(median)} GB/s (best / median)."
     )
 
@@ -67,6 +68,7 @@ def targets(records: Sequence[Record], device: str) -> str:
         shown = f"{number(worst)} (worst of {len(values)})"
         rows.append([what, bound, shown, "met" if good(worst) else "not met"])
 
+    large = large_from(device)
     names = ("fastdiff cpu",) if device == "cpu" else ("fastdiff cuda", "fastdiff triton")
     kinds = {"without noise": (False, False), "with noise": (True, False)}
     kinds["backward"] = (False, True)
@@ -76,9 +78,9 @@ def targets(records: Sequence[Record], device: str) -> str:
             for r in records
             if r["rival"] == name
             and (r["noise"], r.get("backward", False)) == flags
-            and 4 * math.prod(r["shape"]) >= LARGE
+            and 4 * math.prod(r["shape"]) >= large
         ]
-        what = f"{name}, {kind}, 64 MiB and up: share of copy_"
+        what = f"{name}, {kind}, {large // MIB} MiB and up: share of copy_"
         add(what, f"at least {SHARE:.2f}", found, lambda v: v >= SHARE)
     if device == "cuda":
 

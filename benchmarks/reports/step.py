@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harness.machine import MIB
-from harness.records import Record
-from harness.text import number, shape_text, table
 from rivals.diffusers import DEIS as THEIR_DEIS
 from rivals.diffusers import TWO_M as THEIR_2M
 from rivals.diffusers import TWO_M_SDE as THEIR_SDE
+
+from fastdiff.bench.machine import MIB
+from fastdiff.bench.records import Record
+from fastdiff.bench.text import number, shape_text, table
 
 SHAPES = ((64, 16), (1, 4, 64, 64), (1, 16, 128, 128))
 TWO_M, DEIS, NOISE = "fastdiff dpmpp-2m", "fastdiff deis-3", "fastdiff ddim, eta = 1"

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from problems.loops import Cond, Loop, Parts
 
 import fastdiff as fd
 from fastdiff import backends
 from fastdiff.backends import Registers
+from fastdiff.bench.problems import Cond, Loop, Parts
 
 AS_ONE = "network alone, calls compiled as one"
 TRACED = "fastdiff, whole call compiled"

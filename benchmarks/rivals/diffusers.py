@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from problems.flows import VP, Flow
-from problems.loops import Loop, Parts
 
 import fastdiff as fd
+from fastdiff.bench.flows import VP, Flow
+from fastdiff.bench.problems import Loop, Parts
 
 TWO_M, TWO_M_SDE = "diffusers DPM++2M", "diffusers DPM++2M-SDE"
 DEIS = "diffusers DEIS order 3"

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from problems.rows import A_X, B_J, C, Case, P
 
 import fastdiff as fd
 from fastdiff.backends import Registers
+from fastdiff.bench.rows import A_X, C, Case, P, weights_of
 
 
 class Hoisted:
@@ -93,9 +93,11 @@ class Eager:
         self.inputs = [] if self.m is None else list(self.m.view(case.branches, *x.shape))
         self.z = torch.zeros_like(x) if case.noise and compiled is None else None
         self.w = [w / P for w in case.weights]
-        self.b = [b * P for b in B_J[: case.outputs]]
+        self.b = [b * P for b in weights_of(case.outputs)]
         if compiled is not None:
-            row = torch.tensor([P, A_X, C, *case.weights, *B_J[: case.outputs]], device=x.device)
+            row = torch.tensor(
+                [P, A_X, C, *case.weights, *weights_of(case.outputs)], device=x.device
+            )
             # Each gets a tensor of its own: views that are written cost the compiled code copies.
             past, inputs = ([t.clone() for t in ts] for ts in (self.past, self.inputs))
             self.arguments = (x, self.h, past, self.outputs, inputs, row)

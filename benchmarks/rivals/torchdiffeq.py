@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness.machine import installed
-from problems.flows import ENDS, VP, Flow
 from torch import nn
 from torch.nn import functional as F
+
+from fastdiff.bench.flows import ENDS, VP, Flow
+from fastdiff.bench.machine import installed
 
 
 def version() -> str:

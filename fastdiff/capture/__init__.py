@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Graph capture: a whole sampling loop, or one stage of it, recorded once and launched as one."""
 
+from ..engine.recordings import capturing
 from .cache import Captures, Entry
-from .cuda import CAPTURERS, Capturer, capturing
+from .cuda import CAPTURERS, Capturer
 from .options import Graph, Stats, graph_of
 from .refusals import CaptureRefused, CaptureTooLarge
 

@@ -11,27 +11,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..engine.streams import recording
+from .waits import AVAILABLE, waits
 
-# One capture at a time in a process: PyTorch's allocator routes memory for one.
-_LOCK = threading.Lock()
-_here = threading.local()
-
-
-@contextlib.contextmanager
-def one_capture() -> Iterator[None]:
-    """A scope in which this thread alone of the process captures."""
-    with _LOCK:
-        _here.capturing = True
-        try:
-            yield
-        finally:
-            _here.capturing = False
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether this thread is capturing, so that a run becomes part of another graph."""
-    return getattr(_here, "capturing", False) or recording(device)
+_BROKEN: list[Any] = []  # graphs that PyTorch's allocator of pinned memory may still ask
 
 
 class Capturer(Protocol):
@@ -48,6 +30,14 @@ class Capturer(Protocol):
         which puts the generators of random numbers back to where they stood at its beginning."""
         ...
 
+    def drawn(self, device: torch.device) -> Callable[[], None]:
+        """What puts the device's generator of random numbers back to where it stands now."""
+        ...
+
+    def settle(self, device: torch.device) -> None:
+        """Waits for what was launched on the current stream."""
+        ...
+
     def rehearse(self, device: torch.device, body: Callable[[], None], strict: bool) -> None:
         """Runs the body beside the caller's stream. Under `strict` a synchronisation raises."""
         ...
@@ -55,7 +45,10 @@ class Capturer(Protocol):
     def record(
         self, device: torch.device, body: Callable[[], None], pool: Any
     ) -> Callable[[], None]:
-        """Records the body into a graph on memory of `pool`. The result launches the graph."""
+        """Records the body into a graph on memory of `pool`. The result launches the graph.
+
+        A pool in which a recording broke is not given again.
+        """
         ...
 
     def pool(self, device: torch.device) -> Any:
@@ -104,20 +97,30 @@ class CudaCapturer:
             streams[device] = torch.cuda.Stream(device)
         return streams[device]
 
+    def drawn(self, device: torch.device) -> Callable[[], None]:
+        generator = torch.cuda.default_generators[device.index or 0]
+        offset = generator.get_offset()
+
+        def rewind() -> None:
+            generator.set_offset(offset)
+
+        return rewind
+
+    def settle(self, device: torch.device) -> None:
+        torch.cuda.current_stream(device).synchronize()
+
     def rehearse(self, device: torch.device, body: Callable[[], None], strict: bool) -> None:
         current, side = torch.cuda.current_stream(device), self._side(device)
         side.wait_stream(current)
-        mode = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            try:
-                # the mode is the process's: it would strike other threads, which may wait as they
-                # like; a capture that breaks then tells less of why
-                if strict and threading.active_count() == 1:
-                    torch.cuda.set_sync_debug_mode("error")
-                body()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-                current.wait_stream(side)
+        with torch.cuda.device(device), torch.cuda.stream(side), contextlib.ExitStack() as scopes:
+            scopes.callback(current.wait_stream, side)
+            if strict and AVAILABLE:
+                scopes.enter_context(waits(device.type))
+            # PyTorch's own mode sees more and is the process's: it would strike other threads,
+            # which may wait as they like
+            if strict and threading.active_count() == 1:
+                scopes.enter_context(_sync_debug_mode("error"))
+            body()
 
     def record(
         self, device: torch.device, body: Callable[[], None], pool: Any
@@ -126,6 +129,7 @@ class CudaCapturer:
         # weights cast by autocast in a rehearsal lie outside the graph, and would be freed
         torch.clear_autocast_cache()
         with torch.cuda.device(device), torch.cuda.stream(side):
+            node = torch.empty(1, device=device)
             # matrix libraries keep a workspace for each stream: inside the graph's own pool
             torch._C._cuda_clearCublasWorkspaces()
             try:
@@ -133,26 +137,42 @@ class CudaCapturer:
                 with torch.cuda.graph(
                     graph, pool=pool, stream=side, capture_error_mode="thread_local"
                 ):
-                    body()
+                    try:
+                        body()
+                    except BaseException:
+                        # PyTorch warns of an empty graph, and a warning may be an error
+                        with contextlib.suppress(Exception):
+                            node.zero_()
+                        raise
             except BaseException:
-                self._recover(device, side, pool)
+                self._recover(device, side, graph, pool)
                 raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
 
     @staticmethod
-    def _recover(device: torch.device, side: torch.cuda.Stream, pool: Any) -> None:
-        """Undoes what PyTorch leaves behind where a capture breaks: before 2.12 its allocator stays
-        in the capture, and its generators refuse to draw until a capture has ended well."""
+    def _recover(device: torch.device, side: torch.cuda.Stream, graph: Any, pool: Any) -> None:
+        """Undoes what PyTorch leaves behind where a capture breaks.
+
+        Before 2.12 its allocators stay in the capture. That of device memory can be told to leave
+        it, and to count the pool's users right. That of pinned memory cannot: it asks the graph
+        which allocations are its, so that the graph is kept, and the pool is not used again. And
+        generators of random numbers refuse to draw until a capture has ended well.
+        """
+        number = device.index or 0
         with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the graph is empty
+            torch._C._cuda_endAllocateToPool(number, pool)  # raises where PyTorch has done it
+            _BROKEN.append(graph)
+            torch._C._cuda_releasePool(number, pool)
+        with contextlib.suppress(Exception):
+            graph.reset()
+        with contextlib.suppress(Exception):
+            node = torch.empty(1, device=device)
             with torch.cuda.graph(
                 torch.cuda.CUDAGraph(), stream=side, capture_error_mode="thread_local"
             ):
-                pass
+                node.zero_()
 
     def pool(self, device: torch.device) -> Any:
         return torch.cuda.graph_pool_handle()
@@ -160,6 +180,28 @@ class CudaCapturer:
     def pool_bytes(self, device: torch.device, pool: Any) -> int:
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) == tuple(pool))
+
+
+@contextlib.contextmanager
+def _sync_debug_mode(mode: str) -> Iterator[None]:
+    """A scope in which PyTorch has this mode."""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: str | int) -> None:
+    """Sets the mode without PyTorch's warning, once a process, that it is a prototype.
+
+    The filters of warnings are the process's too. They are changed for this one call, where no
+    other Python thread lives, unless the network has started one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _precisions() -> tuple[Hashable, ...]:

@@ -6,36 +6,28 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from .. import backends
-from ..conditioning import arguments_of, flatten, rebuild, varies
+from ..conditioning import flatten, varies
 from ..engine.call import Call
 from ..engine.job import Job
-from ..engine.loops import BAD_OUTPUT, bad_output, run_stages
-from ..engine.run import Run, Spec
+from ..engine.ranges import span
+from ..engine.recordings import capturing, in_backward
 from ..plans import Layout
 from .cache import Captures, Entry
-from .cuda import CAPTURERS, capturing
+from .cuda import CAPTURERS
 from .options import Graph, Stats
 from .refusals import CaptureRefused, CaptureTooLarge
+from .work import CopiedCall, Work, both, holds, with_room
 
-# A captured stage has room for plans of this many history terms and rows.
-_TERMS, _ROWS = 3, 64
 _KINDS = 1024  # kinds of call that graph="auto" remembers
-
-
-@dataclass
-class _Captured:
-    """A run that is captured, with its own copy of the conditioning."""
-
-    run: Run
-    cond: list[torch.Tensor]
 
 
 class LoopCaptures:
@@ -47,18 +39,24 @@ class LoopCaptures:
         self._captures: dict[torch.device, Captures] = {}
         self._met: OrderedDict[Hashable, None] = OrderedDict()  # kinds of call, for graph="auto"
         self._declined: set[Hashable] = set()
+        # captures over memory of their callers, and what those that are gone have done
+        self._apart: weakref.WeakSet[Captures] = weakref.WeakSet()
+        self._gone: list[Stats] = [Stats()]
+
+    def _all(self) -> list[Captures]:
+        with self._lock:
+            return [*self._captures.values(), *self._apart]
 
     def stats(self) -> Stats:
         """Counts of all devices."""
-        each = [captures.stats() for captures in list(self._captures.values())]
-        return sum(each, Stats())
+        return sum([captures.stats() for captures in self._all()], sum(self._gone, Stats()))
 
     def clear(self) -> None:
         """Gives up every capture, and forgets which calls were met and refused."""
         with self._lock:
             self._met.clear()
             self._declined.clear()
-        for captures in list(self._captures.values()):
+        for captures in self._all():
             with captures.lock:
                 captures.clear()
 
@@ -70,6 +68,17 @@ class LoopCaptures:
                 self._captures[device] = Captures(self._graph, CAPTURERS[device.type], device)
             return self._captures[device]
 
+    def apart(self, owner: object, device: torch.device) -> Captures:
+        """Captures over memory of an owner, in a pool of their own; they are given up with it."""
+        assert self._graph is not None
+        made = Captures(self._graph, CAPTURERS[device.type], device)
+        with self._lock:
+            self._apart.add(made)
+            while len(self._gone) > 1:
+                self._gone.append(self._gone.pop(0) + self._gone.pop(0))
+        weakref.finalize(owner, _give_up, made, self._gone).atexit = False
+        return made
+
     def mode(self, device: torch.device, watched: bool) -> str | None:
         """The mode of a call: "auto", "loop" or "stage"; None where it runs eagerly.
 
@@ -77,7 +86,9 @@ class LoopCaptures:
             ValueError: A named mode does not serve this device or this call.
         """
         graph = self._graph
-        if graph is None or capturing(device):  # a run inside another graph becomes part of it
+        # a run inside another graph becomes part of it; a thread that autograd calls must not wait
+        # for a capture, which may be waiting for that thread
+        if graph is None or capturing(device) or in_backward():
             return None
         if device.type not in CAPTURERS:
             if graph.mode == "auto":
@@ -117,8 +128,8 @@ class LoopCaptures:
             return None
         check_capturable(kind[3])
         try:
-            described, leaves = flatten(call.cond)
-        except TypeError:
+            described, leaves = flatten(call.cond, call.x.device)
+        except (TypeError, ValueError):
             if automatic:
                 return None
             raise
@@ -133,14 +144,14 @@ class LoopCaptures:
         kinds: Any = job.plan.structure
         kept = spec
         if by_stage:
-            spec = _with_room(spec)
+            spec = with_room(spec)
             kinds = frozenset(stage.evaluate for stage in job.plan.stages)
             kept = replace(spec, layout=Layout(branches=spec.branches), rows=0, stages=0, slots=0)
         key = (kept, kinds, described, job.fresh_inputs, captures.environment())
         if automatic and not self._met_before(key):
             return None
         with captures.lock:
-            return self._replay(captures, key, _Work(job, call, leaves, spec), out)
+            return self._replay(captures, key, CopiedCall(job, call, leaves, spec), out)
 
     def _met_before(self, key: Hashable) -> bool:
         """Whether a kind of call was met before, and was not declined."""
@@ -155,114 +166,62 @@ class LoopCaptures:
             return False
 
     def _replay(
-        self, captures: Captures, key: Hashable, work: _Work, out: torch.Tensor
+        self, captures: Captures, key: Hashable, work: CopiedCall, out: torch.Tensor
     ) -> torch.Tensor | None:
-        captures.follow()
-        entry = captures.get(key)
-        if entry is not None and not _holds(entry.run.run.spec, work.spec):
-            work = replace(work, spec=_both(entry.run.run.spec, work.spec))
+        entry = captures.get(key, later=True)
+        if entry is not None and not holds(entry.run.run.spec, work.spec):
+            work = replace(work, spec=both(entry.run.run.spec, work.spec))
             captures.drop(key)
             entry = None
-        if entry is None:
-            entry = self._captured(captures, key, work)
+        while True:
+            warm = entry is not None
             if entry is None:
-                return None
-        else:
-            work.run_through(entry.run, functools.partial(captures.launch, entry))
-        return out.copy_(entry.run.run.registers.x[: work.call.batch])
+                entry = self._captured(captures, key, work)
+                if entry is None:
+                    return None
+            run_through = functools.partial(work.run_through, entry)
+            with captures.turn(entry):
+                if not warm or captures.replay(entry, run_through):
+                    with span(work.call.profiled, "read"):
+                        return out.copy_(work.result(entry))
+            captures.drop(key, entry)
+            entry = None
 
-    def _captured(self, captures: Captures, key: Hashable, work: _Work) -> Entry | None:
+    def replay(self, captures: Captures, key: Hashable, work: Work) -> bool:
+        """One run of captured memory; False where graph="auto" runs it eagerly.
+
+        Raises:
+            CaptureRefused, CaptureTooLarge: As of `sample`.
+        """
+        if key in self._declined:
+            return False
+        entry = captures.get(key)  # weights are looked at first: the launch writes over its start
+        if entry is None:
+            return self._captured(captures, key, work) is not None
+        with captures.turn(entry):
+            work.run_through(entry, functools.partial(captures.launch, entry))
+        return True
+
+    def _captured(self, captures: Captures, key: Hashable, work: Work) -> Entry | None:
         """The entry of a first call, which it runs; None where graph="auto" declines the call."""
         assert self._graph is not None
         entry: Entry | None = None
         while entry is None:
-            captured = work.build()
-            made = Entry(captured, bytes_of([*captured.run.tensors(), *captured.cond]))
-            x = captured.run.registers.x
-            result = functools.partial(torch.narrow, x, 0, 0, work.call.batch)
-            run_through = functools.partial(work.run_through, captured)
+            made = work.build()
+            result = functools.partial(work.result, made)
+            run_through = functools.partial(work.run_through, made)
             try:
-                captures.capture(work.bodies(captured), run_through, result, made, work.job.network)
+                captures.capture(work.bodies(made), run_through, result, made, work.job.network)
                 entry = made if captures.add(key, made) else None
             except (CaptureRefused, CaptureTooLarge) as error:
                 if self._graph.mode != "auto":
                     raise
                 with self._lock:
                     self._declined.add(key)
-                warnings.warn(f"{error} Until then it runs eagerly.", RuntimeWarning, stacklevel=5)
+                said = f"{error} Until then it runs eagerly."
+                warnings.warn(said, RuntimeWarning, stacklevel=6)  # at the caller's line
                 return None
         return entry
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One call that is captured or replayed.
-
-    Attributes:
-        job, call: What is sampled; the conditioning is that of all branches.
-        leaves: The tensors of the conditioning, each with whether it has one entry a sample.
-        spec: Spec of the run.
-    """
-
-    job: Job
-    call: Call
-    leaves: list[tuple[torch.Tensor, bool]]
-    spec: Spec
-
-    def build(self) -> _Captured:
-        """A run of the capture's own."""
-        run = Run(self.spec)
-        run.load(self.job.plan, self.job.guidance)
-        branches = self.spec.branches
-        with torch.inference_mode(False):
-            sizes = (self.call.batch, self.spec.batch, branches)
-            cond = [_buffer(leaf, per_sample, *sizes) for leaf, per_sample in self.leaves]
-        return _Captured(run, cond)
-
-    def run_through(self, captured: _Captured, step: Callable[[Any], None]) -> None:
-        """One run of the buffers by its parts: `step(None)`, or `step(evaluates)` a stage."""
-        run, plan = captured.run, self.job.plan
-        run.load(plan, self.job.guidance)
-        run.fill(self.call, plan)
-        sizes = self.call.batch, self.spec.branches
-        for own, (leaf, per_sample) in zip(captured.cond, self.leaves, strict=True):
-            _fill_buffer(own, leaf, per_sample, sizes)
-        if not self.spec.clocked:
-            step(None)
-            return
-        run.begin()
-        for stage in plan.stages:
-            step(stage.evaluate)
-
-    def bodies(self, captured: _Captured) -> dict[Hashable, Callable[[], None]]:
-        """What is captured: a loop (None), or a stage that evaluates and one that does not."""
-        job, run = self.job, captured.run
-        cond = rebuild(self.call.cond, iter(captured.cond))
-        if not self.spec.clocked:
-            inner = Call(x=run.registers.x, cond=cond)
-
-            def loop() -> None:
-                run.begin()
-                run_stages(job, run, inner)
-
-            return {None: loop}
-        arguments, keywords = arguments_of(cond)
-        given = run.registers.m
-        assert given is not None
-
-        def stage(evaluates: bool) -> None:
-            output = None
-            if evaluates:
-                time = run.now()
-                handed = (given.clone(), time.clone()) if job.fresh_inputs else (given, time)
-                output = job.network(*handed, *arguments, **keywords)
-            try:
-                run.tick(output)
-            except BAD_OUTPUT as error:
-                raise bad_output(job, None, output, given, error) from None
-
-        kinds = {stage.evaluate for stage in job.plan.stages}
-        return {evaluates: functools.partial(stage, evaluates) for evaluates in kinds}
 
 
 def capturable(backend: str) -> bool:
@@ -280,61 +239,8 @@ def check_capturable(backend: str) -> None:
         )
 
 
-def _with_room(spec: Spec) -> Spec:
-    """A spec with some room, for stages captured one by one that serve any plan that fits."""
-    layout = replace(spec.layout, terms=max(spec.layout.terms, _TERMS))
-    stages = max(_ROWS, 1 << (spec.stages - 1).bit_length())
-    return replace(
-        spec,
-        layout=layout,
-        slots=max(spec.slots, _TERMS),
-        has_e=True,
-        has_m=True,
-        stages=stages,
-        rows=(stages + 1) * spec.stride,
-        clocked=True,
-    )
-
-
-_SIZES = ("rows", "stages", "slots")
-
-
-def _holds(held: Spec, needed: Spec) -> bool:
-    """Whether the registers of stages captured one by one have room for another plan."""
-    return held.layout.holds(needed.layout) and all(
-        getattr(held, name) >= getattr(needed, name) for name in _SIZES
-    )
-
-
-def _both(a: Spec, b: Spec) -> Spec:
-    """A spec with room for the plans of two that differ in room alone."""
-    most: dict[str, Any] = {name: max(getattr(a, name), getattr(b, name)) for name in _SIZES}
-    return replace(a, layout=a.layout.joined(b.layout), **most)
-
-
-def _buffer(
-    leaf: torch.Tensor, per_sample: bool, batch: int, size: int, branches: int
-) -> torch.Tensor:
-    """Memory for a tensor of the conditioning; samples past the batch hold the first one's."""
-    leaf = leaf.detach()
-    if per_sample and size > batch:
-        each = leaf.reshape(branches, batch, *leaf.shape[1:])
-        first = each[:, :1].expand(branches, size - batch, *leaf.shape[1:])
-        leaf = torch.cat([each, first], dim=1).reshape(branches * size, *leaf.shape[1:])
-    return leaf.clone(memory_format=torch.contiguous_format)
-
-
-def _fill_buffer(
-    own: torch.Tensor, leaf: torch.Tensor, per_sample: bool, sizes: tuple[int, int]
-) -> None:
-    """Copies a tensor of the conditioning to where a capture reads it."""
-    if not per_sample:
-        own.copy_(leaf)
-        return
-    (batch, branches), shape = sizes, own.shape[1:]
-    own.view(branches, -1, *shape)[:, :batch].copy_(leaf.reshape(branches, batch, *shape))
-
-
-def bytes_of(held: Iterable[Any]) -> int:
-    """Memory of tensors."""
-    return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+def _give_up(captures: Captures, gone: list[Stats]) -> None:
+    """Ends captures whose owner is gone, and keeps what they have done."""
+    with captures.lock:
+        captures.clear()
+        gone.append(captures.stats())

@@ -28,18 +28,31 @@ _OWN = (CaptureRefused, Written)
 _SAME = 2e-2
 
 
+_REPLACED = "the same, but the network has replaced tensors that it keeps"
+
+
 def compare(expected: torch.Tensor, got: torch.Tensor, weights: Weights) -> None:
     """Raises where a replay is another computation than the network's."""
     problem = difference(expected, got)
     if problem is None and weights.moved():
-        problem = "the same, but the network has replaced tensors that it keeps"
+        problem = _REPLACED
     if problem is not None:
-        raise CaptureRefused(
-            "sample: a captured network depends on its tensors alone; compared with the network "
-            f"called on the same inputs, the replay gives {problem}. Does it count calls, branch "
-            "on Python values that change, or make its buffers anew? Make these inputs (cond=), or "
-            "use graph=None."
-        )
+        raise _depends(problem)
+
+
+def compare_poisoned(expected: torch.Tensor, got: torch.Tensor) -> None:
+    """Raises where a run depends on what the network has replaced, which held NaN before it."""
+    if difference(expected, got) is not None:
+        raise _depends(_REPLACED)
+
+
+def _depends(problem: str) -> CaptureRefused:
+    return CaptureRefused(
+        "sample: a captured network depends on its tensors alone; compared with the network "
+        f"called on the same inputs, the replay gives {problem}. Does it count calls, branch "
+        "on Python values that change, or make its buffers anew? Make these inputs (cond=), or "
+        "use graph=None."
+    )
 
 
 def difference(expected: torch.Tensor, got: torch.Tensor) -> str | None:

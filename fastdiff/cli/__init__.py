@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: draw samples, compare solvers, print plans, and list what there is.
+"""The command line: draw samples, compare solvers, print plans, list what there is, time it.
 
 Importing this package needs nothing that the library does not need. The commands need click and
 the other packages of the extra `cli`; where one is missing, `main` says so in a sentence.

@@ -7,6 +7,7 @@ import click
 
 import fastdiff as fd
 
+from .bench import bench
 from .compare import compare
 from .doctor import doctor
 from .errors import Commands
@@ -31,8 +32,9 @@ def commands() -> None:
       fastdiff plan --schedule flow --solver euler --steps 4
       fastdiff solvers
       fastdiff doctor
+      fastdiff bench stage
     """
 
 
-for command in (sample, compare, plan, solvers, doctor):
+for command in (sample, compare, plan, solvers, doctor, bench):
     commands.add_command(command)

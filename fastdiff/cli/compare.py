@@ -14,13 +14,13 @@ import torch
 
 import fastdiff as fd
 
+from ..bench.plots import COLOURS
 from .shared import COUNT, SEED, columns, one_thread, optional, output, progress_option
 from .types import Numbers, Picture, SolverNames
 
 _COMPARED = "ddim,deis-heun,dpmpp-2m,dpmpp-3m,deis-3"
 _BUDGETS = "6,9,12,16,24,36,48"
-# Colours that colour-blind readers tell apart (Okabe and Ito).
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_COLOURS = (*COLOURS, "#000000")
 _TICKS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 500, 700, 1000)
 
 

@@ -79,21 +79,31 @@ def loaded(option: str, path: Path, unused: Sequence[str]) -> fd.Plan:
 
 
 @contextlib.contextmanager
-def output(path: Path) -> Iterator[BinaryIO]:
+def output(path: Path, option: str = "--out") -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` when the block ends well.
 
     Entering proves that `path` can be written, so the work goes inside the block.
+
+    Args:
+        path: The file.
+        option: What it was given to.
     """
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: the folder {path.parent} does not exist. Make it first.")
+    check_folder(path, option)
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(replacing(path))
         except NotAFile as error:
-            raise ValueError(f"--out: a file is needed; got the {error.kind} {path}.") from error
+            kind = error.kind
+            raise ValueError(f"{option}: a file is needed; got the {kind} {path}.") from error
         except OSError as error:
-            raise ValueError(f"--out: {path} cannot be written ({error.strerror}).") from error
+            raise ValueError(f"{option}: {path} cannot be written ({error.strerror}).") from error
         yield file
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuses a file whose folder does not exist."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: the folder {path.parent} does not exist. Make it first.")
 
 
 @contextlib.contextmanager

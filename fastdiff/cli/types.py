@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
+import torch
 
 import fastdiff as fd
 
@@ -139,3 +142,81 @@ class SolverOption(click.ParamType):
             return name, json.loads(text)
         except (ValueError, RecursionError):  # ValueError: not JSON, or a number of too many digits
             return name, text
+
+
+class Sizes(click.ParamType):
+    """Shapes such as 64x4x64x64, or bytes such as 256MiB, separated by commas."""
+
+    name = "SIZE,..."
+
+    _UNITS = MappingProxyType({"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30})
+
+    def convert(self, value: Any, param: Parameter, ctx: Context) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(self._size(part.strip(), param, ctx) for part in value.split(","))
+
+    def _size(self, text: str, param: Parameter, ctx: Context) -> tuple[int, ...] | int:
+        unit = next((u for u in ("KiB", "MiB", "GiB", "B") if text.endswith(u)), None)
+        parts = [text.removesuffix(unit)] if unit else text.split("x")
+        if not all(p.isascii() and p.isdecimal() and len(p) < 16 and int(p) for p in parts):
+            self.fail(
+                f"{text!r} is no size such as 64x4x64x64 or 256MiB (B, KiB, MiB, GiB).", param, ctx
+            )
+        if unit is not None:
+            return int(parts[0]) * self._UNITS[unit]
+        if len(parts) < 2:
+            self.fail(
+                f"{text!r}: a shape is BxN.., such as 1x{text}; bytes have a unit, such as "
+                f"{text}B.",
+                param,
+                ctx,
+            )
+        return tuple(map(int, parts))
+
+
+class Dtypes(click.ParamType):
+    """Dtypes of the network, or STATE/NETWORK, separated by commas.
+
+    Args:
+        allowed: Names of dtypes.
+        pairs: Whether the state's dtype may be given too. It is float32 else, float64 for float64.
+    """
+
+    name = "DTYPE,..."
+
+    def __init__(self, allowed: Sequence[str], pairs: bool = False) -> None:
+        self.allowed, self.pairs = tuple(allowed), pairs
+
+    def convert(self, value: Any, param: Parameter, ctx: Context) -> tuple[Any, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        return tuple(self._dtypes(part.strip(), param, ctx) for part in value.split(","))
+
+    def _dtypes(self, text: str, param: Parameter, ctx: Context) -> tuple[torch.dtype, torch.dtype]:
+        state, slash, network = text.rpartition("/")
+        given = (state, network) if slash else (network,)
+        if not all(name in self.allowed for name in given) or (slash and not self.pairs):
+            also = ", or STATE/NETWORK such as float32/bfloat16" if self.pairs else ""
+            self.fail(f"{text!r} is not one of {', '.join(self.allowed)}{also}.", param, ctx)
+        second = getattr(torch, network)
+        first = torch.float64 if second == torch.float64 else torch.float32
+        return (getattr(torch, state) if slash else first), second
+
+
+class Names(click.ParamType):
+    """Names separated by commas."""
+
+    name = "NAME,..."
+
+    def __init__(self, allowed: Sequence[str] = ()) -> None:
+        self.allowed = tuple(allowed)
+
+    def convert(self, value: Any, param: Parameter, ctx: Context) -> tuple[str, ...]:
+        if not isinstance(value, str):
+            return tuple(value)
+        names = tuple(name.strip() for name in value.split(","))
+        wrong = [name for name in names if self.allowed and name not in self.allowed]
+        if wrong:
+            self.fail(f"{wrong[0]!r} is not one of {', '.join(self.allowed)}.", param, ctx)
+        return names

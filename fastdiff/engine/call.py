@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .. import conditioning
+from .. import conditioning, noise
 from .._text import shown
 from ..plans import Plan
 
@@ -36,6 +36,7 @@ class Call:
         callback: Called after every evaluation.
         check: Whether every output is searched for NaN and infinity.
         progress: Whether a bar is shown.
+        profiled: Whether a profiler is on, which shows the run's parts.
     """
 
     x: torch.Tensor
@@ -47,6 +48,7 @@ class Call:
     callback: Callback | None = None
     check: bool = False
     progress: bool = False
+    profiled: bool = False
 
     @property
     def batch(self) -> int:
@@ -106,7 +108,7 @@ def check_call(call: Call, plan: Plan) -> None:
         )
     if call.check and not bool(torch.isfinite(call.x).all()):
         raise ValueError("sample: x is finite; got NaN or infinity in it.")
-    conditioning.check(call.cond, call.batch, len(plan.stages))
+    conditioning.check(call.cond, call.batch, len(plan.stages), device=call.x.device)
     if len(call.extras) != plan.extras:
         raise ValueError(
             f"sample: the plan reads {plan.extras} extra input registers; got "
@@ -172,6 +174,53 @@ def check_untransformed(
             )
 
 
+def check_tracking(call: Call, gradient: Any, given: Any) -> None:
+    """Raises where a derivative would be lost without a word.
+
+    Args:
+        call: The call.
+        gradient: The sampler's gradient.
+        given: The conditioning that the guidance holds.
+    """
+    if gradient is not None and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"sample: nothing can be differentiated in inference mode; got "
+            f"gradient={gradient!r} there. Leave torch.inference_mode(), or use "
+            "torch.no_grad() to sample without a gradient."
+        )
+    if gradient is not None or not torch.is_grad_enabled():
+        return
+    tracked = ["x"] if call.x.requires_grad else []
+    tracked += conditioning.requiring_grad(call.cond)
+    tracked += conditioning.requiring_grad(given, "uncond")
+    tracked += conditioning.requiring_grad(call.extras, "extras") if call.extras else []
+    if tracked:
+        raise ValueError(
+            f"sample: gradient=None does not track, and {', '.join(tracked)} requires grad."
+            " Detach it, sample under torch.no_grad(), or choose a gradient: 'discrete', "
+            "fastdiff.AdjointDEIS() or 'backprop'."
+        )
+
+
+def check_differentiable(call: Call, gradient: Any, plan: Plan, out: Any) -> None:
+    """Raises where a run that is differentiated cannot take a call."""
+    if call.check or call.progress or call.callback is not None or out is not None:
+        raise ValueError(
+            f"sample: a run with gradient={gradient!r} takes no callback=, progress=, "
+            "check= or out=. Leave them out, or sample under torch.no_grad()."
+        )
+    if conditioning.requiring_grad(call.xi, "xi"):
+        raise ValueError(
+            "sample: noise given as xi= has no gradient; got a tensor that requires grad. "
+            "Detach it."
+        )
+    if plan.stochastic and call.seed is None and call.xi is None:
+        raise ValueError(
+            f"sample: {plan.solver} draws noise. Give seed= (an integer, or one a "
+            "sample): the backward pass may have to draw it again."
+        )
+
+
 def check_out(out: Any, x: torch.Tensor) -> None:
     """Raises unless a result can be written to `out`."""
     if not isinstance(out, torch.Tensor):
@@ -214,3 +263,13 @@ def check_xi(xi: Any, stages: int, x: torch.Tensor) -> None:
             raise ValueError(
                 f"sample: xi is like the state, {_kind(x)}; got xi[{i}] of {_kind(z)}."
             )
+
+
+def seeds_on(device: torch.device, seed: Any, batch: int) -> torch.Tensor:
+    """Seeds as bit patterns, int64 [B]: those of a caller who has them on the device, where they
+    lie, which waits for nothing; others on the host. See `noise.seeds_tensor`."""
+    if not isinstance(seed, torch.Tensor) or seed.device != device:
+        return noise.seeds_tensor(seed, batch)
+    if seed.dtype == torch.int64 and seed.shape == (batch,):
+        return seed
+    return noise.seeds_tensor(seed, batch)

@@ -58,12 +58,17 @@ class Job:
 
     def kind(self, x: torch.Tensor) -> Kind:
         """Dtypes of the state and the input, the device, and the backend that serves x."""
-        key = (x.dtype, x.device, self.input_dtype(x))
+        large = x.numel() >= backends.LARGE
+        key = (x.dtype, x.device, self.input_dtype(x), large)
         found = self._kinds.get(key)
         if found is None:
             state, network = state_dtype(x), key[2]
             layout = replace(self.plan.layout, branches=self.guidance.branches)
-            serving = backends.choose(self.backend, state, network, x.device, layout)
+            serving = backends.choose(
+                *(self.backend, state, network, x.device, layout),
+                noisy=any(stage.noise for stage in self.plan.stages),
+                elements=x.numel(),
+            )
             found = self._kinds[key] = (state, network, x.device, serving.name)
         return found
 

@@ -18,6 +18,7 @@ from ..conditioning import arguments_of, at_stage, varies
 from ..guidance import combine
 from .call import Call
 from .job import Job
+from .ranges import span
 from .run import Run
 
 # What a stage raises for what it cannot read.
@@ -39,6 +40,7 @@ def run_stages(job: Job, run: Run, call: Call) -> None:
     if call.progress:
         steps = _bar(steps)
     special = call.watched or job.fresh_inputs or run.counts_writes or any(run.measures)
+    special = special or call.profiled
     alone = job.plain and not special
     if not alone or varies(call.cond):
         _observed(job, run, call, steps)
@@ -85,14 +87,16 @@ def _observed(job: Job, run: Run, call: Call, steps: Iterable[int]) -> None:
         if changes:
             arguments, keywords = arguments_of(at_stage(call.cond, i))
         if stage.evaluate:
-            output = evaluate(job, run, i, arguments, keywords)
+            with span(call.profiled, "network", i):
+                output = evaluate(job, run, i, arguments, keywords)
             if call.check:
                 _check_values(job, i, output, run.inputs[i])
             if call.callback is not None:
                 _call_back(job, run, call, i, output)
         xi = call.xi[i] if call.xi is not None and stage.noise else None
         try:
-            run.advance(i, output, xi)
+            with span(call.profiled, "stage", i):
+                run.advance(i, output, xi)
         except BAD_OUTPUT as error:
             raise bad_output(job, i, output, run.inputs[i], error) from None
 

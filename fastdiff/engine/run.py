@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from .. import backends, noise
+from .. import backends
 from ..guidance import Guidance, guided_rows
 from ..plans import AT_E, CLIP, THRESHOLD, WRITES_M, Layout, PackedRow, Plan, encode
-from .call import Call, check_given, check_xi
-from .streams import ordered
+from .call import Call, check_given, check_xi, seeds_on
+from .recordings import check_coefficients, check_seeds
+from .streams import Use
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,19 @@ class Run:
         times: The network's t at each stage, [stages, G * B].
         index: int64 [B] on the device; see `Spec.index`.
         clock: int64 (stage, row) on the device, where the spec says so.
+        beside: Other tensors that the run's launches read, made where it was made: they live as
+            long as it does.
         inputs, model_times: The network's x and t at each stage of the loaded plan.
         measures: Whether each stage of the loaded plan has measures.
         stage: `stage(row, out, xi)` runs a row; see `fastdiff.backends.BoundStage`.
+        recording: Gives the `Recording` that the run belongs to; None: it serves any call.
+        use: The streams that the memory is used on; whoever borrows it follows the one before.
     """
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+        self.recording: Any = None
+        self.use = Use(spec.device)
         like = functools.partial(torch.empty, dtype=spec.state, device=spec.device)
         shape, batch, branches = spec.shape, spec.batch, spec.branches
         with torch.inference_mode(False):  # buffers outlive the caller's mode
@@ -157,6 +164,7 @@ class Run:
         self.model_times = list(self.times)
         self.inputs: list[torch.Tensor] = []
         self.measures: list[bool] = []
+        self.beside: list[torch.Tensor] = []
         self._bound: Any = None  # to the first rows, for which kernels are specialised
         self.stage: Callable[..., None] = _unbound
         self._first_row = 0
@@ -166,12 +174,17 @@ class Run:
         handed = (self.registers.x, self.registers.e, m)
         self._handed = [tensor for tensor in handed if tensor is not None]
         self._places = [tensor.data_ptr() for tensor in self._handed]
-        self._stream: Any = None
 
     # -- the table -------------------------------------------------------------------------------
 
     def write(self, rows: Sequence[PackedRow], at: int = 0) -> None:
-        """Writes rows into the table, from row `at` on."""
+        """Writes rows into the table, from row `at` on.
+
+        Raises:
+            RuntimeError: Somebody records the current stream: his graph would hold the copy from
+                the host, and repeat it at each replay out of memory that is used otherwise then.
+        """
+        check_coefficients(self.spec.device)
         self._holds = (None, None)
         packed = torch.from_numpy(encode(rows, self.spec.layout))
         self.table[at : at + len(rows)] = packed
@@ -236,19 +249,14 @@ class Run:
         if call.xi is not None:
             check_xi(call.xi, len(plan.stages), registers.x)
         elif plan.stochastic and registers.seeds is not None:
-            registers.seeds[:batch].copy_(self._seeds(call), non_blocking=True)
+            check_seeds(self.spec.device, call.seed)
+            seeds = seeds_on(self.spec.device, call.seed, batch)
+            registers.seeds[:batch].copy_(seeds, non_blocking=True)
         for i, given in enumerate(call.extras):
             self._fill_entry(i, given, call.x)
         if batch < registers.x.shape[0]:
             registers.x[batch:].zero_()
         registers.x[:batch].copy_(call.x)
-
-    def _seeds(self, call: Call) -> torch.Tensor:
-        seed = call.seed
-        here = isinstance(seed, torch.Tensor) and seed.device == self.spec.device
-        if here and seed.dtype == torch.int64 and seed.shape == (call.batch,):
-            return seed
-        return noise.seeds_tensor(seed, call.batch)
 
     def _fill_entry(self, i: int, given: Any, x: torch.Tensor) -> None:
         assert self.registers.bank is not None
@@ -343,7 +351,11 @@ class Run:
 
     def follow(self) -> None:
         """Makes the current stream wait for the run before on this memory."""
-        self._stream = ordered(self.spec.device, self._stream)
+        self.use.follow()
+
+    def __del__(self) -> None:
+        if "use" in vars(self):
+            self.use.end(dict(vars(self)))
 
 
 def spec_of(

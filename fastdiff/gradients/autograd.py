@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
-from .. import noise
 from ..capture import Captures
 from ..conditioning import tensors_in, varies
-from ..engine.call import Call
+from ..engine.call import Call, seeds_on
 from ..engine.job import Job
 from ..plans import Transposed, alternates
 from .backward import backward
@@ -87,7 +86,7 @@ def differentiable(
         )
     if call.batch == 0:
         return x.clone()
-    seeds = None if call.seed is None else noise.seeds_tensor(call.seed, call.batch).clone()
+    seeds = None if call.seed is None else seeds_on(x.device, call.seed, call.batch).clone()
     call = replace(call, cond=cond, seed=seeds, extras=extras)
     if captures is not None:
         return captured_run(job, gradient, call, params, pools.recent, captures)

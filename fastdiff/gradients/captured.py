@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..capture import Captures, Entry
+from ..capture import Captures, Entry, capturing
 from ..conditioning import flatten, rebuild, tensors_in
 from ..engine.call import Call
 from ..engine.job import Job
@@ -129,25 +129,30 @@ def captured_run(
     x, plain = call.x, replace(call, x=call.x.detach())
     named = (*params, *tensors_in(call.cond), *call.extras)
     needs = tuple(tensor.requires_grad for tensor in (x, *named))
-    described, _ = flatten(call.cond)
+    described, _ = flatten(call.cond, x.device)
     of_job = (job.plan.handle, id(job.guidance), job.spec(x, call.offset), job.fresh_inputs)
     of_call = (x.dtype, needs, tuple(map(id, params)), described)
-    with captures.lock:
-        captures.follow()
-        key = (gradient, *of_job, *of_call, captures.environment())
-        entry = captures.get(key)
-        while entry is None:
-            captured = Captured(job, gradient, plain, params, needs, recent)
-            entry = _capture(captures, captured, plain)
-            if not captures.add(key, entry):
-                entry = None
+    key = (gradient, *of_job, *of_call, captures.environment())
+    while True:
+        with captures.lock:
+            entry = captures.get(key, later=True)
+            while entry is None:
+                captured = Captured(job, gradient, plain, params, needs, recent)
+                entry = _capture(captures, captured, plain)
+                if not captures.add(key, entry):
+                    entry = None
         captured = entry.run
-        captured.fill(plain)
-        return _Function.apply(captured, captures, entry, x, *named)
+        with captures.turn(entry):
+            captured.fill(plain)
+            result = _Function.apply(captured, captures, entry, x, *named)
+            if not captures.stale(entry):
+                return result
+        with captures.lock:
+            captures.drop(key, entry)
 
 
 def _capture(captures: Captures, captured: Captured, call: Call) -> Entry:
-    entry = Entry(captured, 0)
+    entry = Entry(captured, 0, keeps=True)
 
     def whole(step: Callable[[Any], None]) -> None:
         captured.fill(call)
@@ -157,7 +162,7 @@ def _capture(captures: Captures, captured: Captured, call: Call) -> Entry:
 
     bodies = {"forward": captured.forward, "backward": captured.backward}
     captures.capture(bodies, whole, captured.result, entry, captured.trace.job.network)
-    entry.bytes = captured.bytes()
+    entry.bytes += captured.bytes()
     return entry
 
 
@@ -180,14 +185,18 @@ class _Function(torch.autograd.Function):
         check_once()
         check_versions(ctx.named, ctx.versions)
         captured = ctx.captured
-        with ctx.captures.lock:
+        if capturing(captured.run.spec.device):
+            raise RuntimeError(
+                "sample: a captured gradient replays a graph of its own, which cannot be part of "
+                "another; got backward() inside a recording. Use graph=None there."
+            )
+        with ctx.captures.turn(ctx.entry):
             if ctx.stamp != captured.stamp:
                 raise RuntimeError(
                     "sample: a captured run keeps the states of its last call alone; got "
                     "backward() after the sampler was called again. Call backward() first, or use "
                     "graph=None."
                 )
-            ctx.captures.follow()
             captured.cotangent.copy_(cotangent)
             ctx.captures.launch(ctx.entry, "backward")
             found = [

@@ -4,11 +4,47 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..engine.streams import capture_of
 
 States = tuple[torch.Tensor, ...]
+
+
+class _Drawless(TorchDispatchMode):
+    """A scope in which no operation may draw.
+
+    Args:
+        i: The stage.
+    """
+
+    def __init__(self, i: int) -> None:
+        super().__init__()
+        self._i = i
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            arguments = func._schema.arguments
+            given = {each.name: each.default_value for each in arguments}
+            given |= {each.name: value for each, value in zip(arguments, args, strict=False)}
+            if (given | named).get("dropout_p") != 0.0:  # attention draws for its dropout alone
+                raise NotImplementedError(
+                    "sample: a gradient inside a graph that you record cannot draw a network's "
+                    f"random numbers again; got {func} at stage {self._i}. Use eval(), or record "
+                    "the run without its backward pass."
+                )
+        return func(*args, **named)
 
 
 class Draws:
@@ -35,6 +71,10 @@ class Draws:
         """A scope in which stage i runs for the first time."""
         if not self._watches:
             yield
+            return
+        if capture_of(self._device) is not None:  # where the generator may not be looked at
+            with _Drawless(i):
+                yield
             return
         before = self._states()
         yield

@@ -18,12 +18,10 @@ from typing import Any, Protocol
 import torch
 
 from .. import backends
-from ..capture import capturing
 from ..engine.leases import Leases
 from ..engine.run import Run, Spec, features_of
 from ..plans import AT_E, WRITES_E, WRITES_M, Layout, PackedRow
 
-_SPECS = 4  # kinds of backward runs that are kept idle
 _KEPT = 16  # adjoint plans and tables
 
 
@@ -50,6 +48,11 @@ class Table:
             x: The state.
             backend: A backend's name; None: the fastest that can serve.
         """
+        serving = backends.choose(
+            *(backend, x.dtype, x.dtype, x.device, self.layout),
+            noisy=any(row.draws for row in self.rows),
+            elements=x.numel(),
+        )
         any_flag = 0
         for row in self.rows:
             any_flag |= row.flags
@@ -58,7 +61,7 @@ class Table:
             device=x.device,
             state=x.dtype,
             network=x.dtype,
-            backend=backends.choose(backend, x.dtype, x.dtype, x.device, self.layout).name,
+            backend=serving.name,
             layout=self.layout,
             rows=len(self.rows),
             slots=self.slots,
@@ -143,18 +146,18 @@ class Pools:
     """
 
     forward: Leases
-    backward: Leases = field(default_factory=lambda: Leases(specs=_SPECS))
+    backward: Leases = field(default_factory=Leases)
     recent: Recent = field(default_factory=Recent)
     holdings: _Holdings = field(default_factory=_Holdings)
 
     def run(self, spec: Spec) -> AbstractContextManager[Run]:
         """See `Lender.run`."""
-        return self.forward.borrowed(spec, capturing(spec.device))
+        return self.forward.borrowed(spec)
 
     @contextlib.contextmanager
     def backward_run(self, table: Table, spec: Spec) -> Iterator[Run]:
         """See `Lender.backward_run`."""
-        with self.backward.borrowed(spec, capturing(spec.device)) as run:
+        with self.backward.borrowed(spec) as run:
             self.holdings.put(table, run)
             yield run
 

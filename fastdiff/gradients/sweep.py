@@ -16,7 +16,7 @@ import torch
 from ..backends import Registers
 from ..conditioning import PerStage, at_stage, flatten, leaves_of, rebuild, staged_in, tensors_in
 from ..plans import Transposed
-from .hooks import muted
+from .hooks import product
 from .limits import held, through_limit
 from .named import check_named
 from .pools import Table
@@ -184,8 +184,8 @@ class Sweep:
         inputs = ([leaf] if needs_x else []) + own
         if not inputs or not out.requires_grad:
             return torch.zeros_like(given) if needs_x else None
-        with torch.no_grad(), muted(own):
-            found = torch.autograd.grad(out, inputs, vector.to(out.dtype), allow_unused=True)
+        with torch.no_grad():
+            found = product(out, inputs, vector.to(out.dtype), own)
         for (k, _, staged), gradient in zip(leaves, found[int(needs_x) :], strict=True):
             if staged:
                 self._add_entry(k, i, gradient, weight)

@@ -29,6 +29,14 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE, WHY_NOT = _core.cuda_core()
 CUDA = torch.device("cuda", 0)
 gpu = pytest.mark.gpu
+# Warnings that PyTorch gives where there is a device, whatever this library does.
+PYTORCHS_OWN = (
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning",
+    "ignore:The CUDA Graph is empty:UserWarning",  # of tests that break a capture of their own
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication available:UserWarning",
+    "ignore:Please use the new API settings to control TF32 behavior:UserWarning",
+    r"ignore:.*torch\.jit\.script:DeprecationWarning",  # the compiler's imports
+)
 needs_module = pytest.mark.skipif(CORE is None, reason=str(WHY_NOT))
 
 

@@ -27,6 +27,16 @@ FUSES = pytest.mark.skipif(
 )
 
 
+def takes_few(device: str) -> bool:
+    """Whether a test of many shapes and rows takes fewer of them: each is a kernel to compile.
+
+    On a GPU every kernel runs with every dtype and every feature of a row, elements moved 16 bytes
+    at a time and one by one: 210 kernels for `tests/test_triton*.py`. With every case there are
+    302; that features combine as they should is what the interpreter is asked.
+    """
+    return device == "cuda"
+
+
 def moved(registers: Registers, device: str) -> Registers:
     """Copies of all registers on a device."""
 

@@ -5,54 +5,116 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections import Counter
 
 import torch
 
+from fastdiff.capture.waits import waits
+
 
 class Recorder:
-    """Records functions instead of launches.
+    """Records functions instead of launches, and stands in for a device's streams.
 
     A real capture executes nothing: while this one records, the tensors in `poison` are filled with
     NaN afterwards, so that what a recording leaves behind is never mistaken for a result. It can be
     told to fail as a device does.
+
+    Streams are names. It refuses the waits that CUDA refuses, and keeps the others.
+
+    Attributes:
+        here: The current stream of every thread.
+        side: The stream that it captures on; None: the caller's.
+        waits: Each wait, as (who, for whom).
+        waited: Called with each wait when it is made.
+        captures: Streams that somebody records, each with what tells his graph from others.
     """
 
     def __init__(self):
-        self.recorded = self.launched = self.rehearsed = self.followed = self.pools = 0
-        self.here = "stream 0"
+        self.recorded = self.launched = self.rehearsed = self.pools = 0
+        self.here, self.side = "stream 0", None
+        self.waits, self.waited = [], lambda who, whom: None
+        self.captures = {}
+        self.settled = 0  # times that a launched replay was waited for
         self.facts = None
         self.failure = None  # raised at the end of a recording
         self.synchronises = None  # raised in a strict rehearsal
         self.bytes_each = 0
+        self.watched = None  # the type of device for which a strict rehearsal may not wait
         self.poison = lambda: ()
+        self.recorded_in = Counter()  # bodies by pool
 
     def environment(self, device):
         return self.facts
 
+    # -- streams -----------------------------------------------------------------------------------
+
+    @property
+    def followed(self):
+        """How many waits were made."""
+        return len(self.waits)
+
     def stream(self, device):
         return self.here
 
-    def follow(self, device, earlier):
-        self.followed += 1
+    def wait(self, stream, earlier):
+        if self.capture(stream) != self.capture(earlier):
+            raise RuntimeError("CUDA error 905: dependency created on uncaptured work")
+        self.waits.append((stream, earlier))
+        self.waited(stream, earlier)
+
+    def capture(self, stream):
+        return self.captures.get(stream)
+
+    @contextlib.contextmanager
+    def on(self, stream):
+        """A scope whose current stream is another one."""
+        before, self.here = self.here, stream
+        try:
+            yield
+        finally:
+            self.here = before
+
+    @contextlib.contextmanager
+    def recording(self, stream, graph):
+        """A scope in which somebody records a stream, the current one here, into a graph."""
+        self.captures[stream] = graph
+        try:
+            with self.on(stream):
+                yield
+        finally:
+            del self.captures[stream]
+
+    # -- captures ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def preserved(self, device):
         state = torch.get_rng_state()
         yield lambda: torch.set_rng_state(state)
 
+    def drawn(self, device):
+        state = torch.get_rng_state()
+        return lambda: torch.set_rng_state(state)
+
+    def settle(self, device):
+        self.settled += 1
+
     def rehearse(self, device, body, strict):
         self.rehearsed += 1
-        body()
+        looking = waits(self.watched) if strict and self.watched else contextlib.nullcontext()
+        with self.on(self.side or self.here), looking:
+            body()
         if strict and self.synchronises is not None:
             raise self.synchronises
 
     def record(self, device, body, pool):
-        body()
+        with self.recording(self.side or self.here, object()):
+            body()
         for tensor in self.poison():
             tensor.fill_(float("nan"))
         if self.failure is not None:
             raise self.failure
         self.recorded += 1
+        self.recorded_in[pool] += 1
 
         def launch():
             self.launched += 1
@@ -60,16 +122,12 @@ class Recorder:
 
         return launch
 
-    def recording(self):
-        return False
-
     def pool(self, device):
         self.pools += 1
-        self.recorded_before = self.recorded
         return self.pools
 
     def pool_bytes(self, device, pool):
-        return (self.recorded - self.recorded_before) * self.bytes_each
+        return self.recorded_in[pool] * self.bytes_each
 
 
 def capturers():

@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
 import torch
 
 from .gate import GateError
 from .records import Record, merged, record, where, write
 from .text import reason
+
+if TYPE_CHECKING:
+    import click
 
 NAMED = 5  # jobs that a note about the budget names
 
@@ -151,7 +153,7 @@ class Run:
 
     def keep(self, found: list[Record]) -> None:
         self.records = merged(self.records, found)
-        if self.out is not None:
+        if self.out is not None and found:
             write(self.out, found)
         self.write_summary()
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.plans import files
-
-from .machine import commit, cores, processor, versions
+from ..plans import files
+from .machine import VERSION, commit, cores, processor, versions
 from .timing import Timing
 
 Record = dict[str, Any]
@@ -24,6 +23,7 @@ MEASURED = (
     *("best", "p20", "median", "p80", "rounds", "error"),
     *("bandwidth", "bandwidth_median", "share", "share_median"),
     *("host", "host_p20", "host_p80"),
+    *("launches", "registers", "spills"),
 )
 
 
@@ -105,7 +105,10 @@ def machine_of(line: Record) -> tuple[str, str]:
 def where(line: Record) -> str:
     """One line that names the machine, the versions and the commit of a record."""
     names = ", ".join(f"{name} {line[name]}" for name in versions())
-    tree = f"commit {line['commit']}" + (" with uncommitted changes" if line["dirty"] else "")
+    if line["commit"].startswith(VERSION):
+        tree = "no commit is known: the package as it is installed"
+    else:
+        tree = f"commit {line['commit']}" + " with uncommitted changes" * bool(line["dirty"])
     text = f"{line['cpu']}, {line['cores']} cores; {names}; {tree}."
     if "torchdiffeq" in line:
         text = f"torchdiffeq {line['torchdiffeq']}; {text}"

@@ -4,15 +4,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
-import fastdiff as fd
-from fastdiff.plans import AT_E, EVALUATE, WRITES_E, WRITES_X
+from ..plans import AT_E, EVALUATE, WRITES_E, WRITES_X, Layout, Plan, Transposed
 
 
-def stage_registers(plan: fd.Plan, row: int, weights: Sequence[float] = (1.0,)) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Backward:
+    """A transposed plan with the attributes that are read of a plan."""
+
+    transposed: Transposed
+
+    @property
+    def layout(self) -> Layout:
+        return self.transposed.layout
+
+    @property
+    def slots(self) -> int:
+        return self.transposed.slots
+
+    @property
+    def stages(self) -> tuple[Any, ...]:
+        """Whether each row evaluates; row 0 makes h_bar of the last stage and evaluates nothing."""
+        flags = (row.flags for row in self.transposed.rows)
+        return tuple(SimpleNamespace(evaluate=bool(f & EVALUATE)) for f in flags)
+
+    def pack(self, weights: Sequence[float]) -> Any:
+        return self.transposed.pack(len(weights))
+
+
+def stage_registers(
+    plan: Plan | Backward, row: int, weights: Sequence[float] = (1.0,)
+) -> tuple[int, int]:
     """(reads, writes) of whole registers that one row of a plan costs, by its table.
 
     Reads: x, e, one output per guidance branch (`weights`), each earlier h that is weighed, each
@@ -39,7 +66,7 @@ def stage_registers(plan: fd.Plan, row: int, weights: Sequence[float] = (1.0,)) 
 
 
 def stage_bytes(
-    plan: fd.Plan,
+    plan: Plan | Backward,
     row: int,
     numel: int,
     state: torch.dtype = torch.float32,

@@ -11,8 +11,8 @@ from typing import Any
 import click
 import torch
 
-from .bench import Bench, Job, Run, Setting
-from .machine import machine
+from fastdiff.bench.machine import machine
+from fastdiff.bench.runs import Bench, Job, Run, Setting
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -69,6 +69,7 @@ def common(bench: Bench) -> list[click.Option]:
             type=float,
             help="Seconds; jobs likely to outlast them are left out.",
         ),
+        option("--only", default="", help="Run the jobs alone whose name has this text: compiled."),
         option("--commit", help="The commit of the code, where there is no git to ask."),
         option("--out", type=FILE, help="Add the results to this file of JSON lines."),
         option("--summary", type=FILE, help="Write the page to this file after every job."),
@@ -86,6 +87,7 @@ def command_of(bench: Bench) -> click.Command:
         rounds: int,
         seconds: float,
         budget: float,
+        only: str,
         commit: str | None,
         out: Path | None,
         summary: Path | None,
@@ -97,7 +99,7 @@ def command_of(bench: Bench) -> click.Command:
         setting = Setting(place, brief, rounds, seconds, tuple(about.items()))
         jobs = bench.jobs(setting, **options)
         made = Run(bench, setting, out, summary, notes=bench.notes(setting))
-        made.go([_threaded(job, threads) for job in jobs], budget)
+        made.go([_threaded(job, threads) for job in jobs if only in job.name], budget)
         click.echo(made.page())
         if made.refused or made.lost:
             raise click.ClickException(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +35,7 @@ class Peak(TorchDispatchMode):
         return result
 
     def _note(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = StorageWeakRef(storage).cdata, storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)

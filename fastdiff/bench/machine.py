@@ -18,26 +18,36 @@ import torch
 
 import fastdiff as fd
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+VERSION = "version"  # what stands before a version where no commit is known
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 
 @functools.cache
 def commit() -> tuple[str, bool]:
-    """The hash of HEAD, and whether the tree differs from it; ("none", True) without a commit."""
+    """The hash of HEAD, and whether the tree differs from it.
+
+    Where this file is under no version control, as in an installed package, no commit is known:
+    the version stands in its place, as ("version 0.1", False).
+    """
+    here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(here.parent), *arguments]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "--short=12", "HEAD")
+    # an environment may lie inside a tree of somebody else's, whose commit says nothing here
+    tracked = git("ls-files", "--error-unmatch", here.name) is not None
+    head = git("rev-parse", "--short=12", "HEAD") if tracked else None
+    if head is None:
+        return f"{VERSION} {fd.__version__}", False
     # results are what a run writes: they do not make the measured code another one
-    changes = git("status", "--porcelain", "--", ":/", ":(exclude)benchmarks/results", ":!docs")
-    return head or "none", head is None or changes != ""
+    left_out = (f":(top,exclude){name}" for name in ("benchmarks/results", "docs"))
+    changes = git("status", "--porcelain", "--", ":/", *left_out)
+    return head, changes != ""
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,11 @@ def executed(run: Callable[[], Any], count: int, device: torch.device) -> Callab
 
 
 def take_turns(
-    rivals: dict[str, Calls], device: torch.device, rounds: int, seconds: float
+    rivals: dict[str, Calls],
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    units: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[Timing, Timing]]:
     """Times rivals in turns, each as a queue of launches.
 
@@ -135,7 +139,12 @@ def take_turns(
         device: Where they run.
         rounds: Turns of each, at least.
         seconds: How long to go on, all together.
+        units: Units of work in one launch of a rival, where it is not 1; times are divided by it.
+
+    Returns:
+        For each the seconds of a unit, and the host's seconds to enqueue one.
     """
+    units = {} if units is None else units
     turn = _cuda_turn if device.type == "cuda" else _cpu_turn
     launches, host = {}, {}
     for name, calls in rivals.items():
@@ -151,8 +160,9 @@ def take_turns(
             break
         for k in range(len(names)):
             name = names[(k + count) % len(names)]
-            taken[name].append(turn(rivals[name], launches[name], host[name]))
-            host[name] = taken[name][-1][1]
+            took, enqueued = turn(rivals[name], launches[name], host[name])
+            host[name], unit = enqueued, units.get(name, 1)
+            taken[name].append((took / unit, enqueued / unit))
     return {
         name: (summary([t for t, _ in pairs]), summary([t for _, t in pairs]))
         for name, pairs in taken.items()
