@@ -40,7 +40,7 @@ core = Pybind11Extension(
 # Optional: its absence is said and costs nothing but the CUDA backend.
 cuda = Extension(
     "fastdiff._cuda",
-    [*files("csrc/cuda/*.cu"), "csrc/bindings/cuda.cpp"],
+    [*files("csrc/cuda/*.cu", "csrc/cuda/*.cpp"), "csrc/bindings/cuda.cpp"],
     depends=files("csrc/*.h", "csrc/bindings/*.h", "csrc/cuda/*.h"),
     optional=FORCED != "1",
 )
@@ -92,6 +92,7 @@ def nvcc_command(target: Path) -> list[str]:
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return [
         *(str(NVCC), "-shared", "-o", str(target), *cuda.sources),
+        f"-DFASTDIFF_CUDA_ARCHS={'_'.join(archs)}",  # nvcc takes a comma for two macros
         *("-Icsrc", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
         *("-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-t", "0", *code),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=off,-g0", "-Xlinker", "-s"),

@@ -93,18 +93,24 @@ FASTDIFF_HD Status check_reduction(const StageArgs& a, const double* v, const do
     return check_operand(a, v, column(measure::num_b), column(measure::num_b_at), draws);
 }
 
+// Whether one measure, from its columns, can be made in the row `v`; sets `draws` where it reads the
+// noise.
+FASTDIFF_HD Status check_measure(const StageArgs& a, const double* v, const double* m,
+                                 bool& draws) {
+    if (!is_index(m[measure::measure_into], a.scalar_columns)) return kBadScalar;
+    const Status status = check_reduction(a, v, m + measure::num_kind, draws);
+    if (status != kOk || m[measure::den_kind] == -1) return status;
+    return check_reduction(a, v, m + measure::den_kind, draws);
+}
+
 // Whether the measures of a row can be made; sets `draws` where one reads the noise. The flags are
-// checked by `resolve`, which is called first.
+// checked before.
 FASTDIFF_HD Status check_measures(const StageArgs& a, const double* v, bool& draws) {
     draws = false;
     if (!is_index(v[head::n_measures], 0, a.measures)) return kBadCount;
     const double* m = v + a.measure_offset();
     for (int i = 0; i < static_cast<int>(v[head::n_measures]); ++i, m += measure::kColumns) {
-        if (!is_index(m[measure::measure_into], a.scalar_columns)) return kBadScalar;
-        Status status = check_reduction(a, v, m + measure::num_kind, draws);
-        if (status == kOk && m[measure::den_kind] != -1) {
-            status = check_reduction(a, v, m + measure::den_kind, draws);
-        }
+        const Status status = check_measure(a, v, m, draws);
         if (status != kOk) return status;
     }
     return kOk;

@@ -36,10 +36,13 @@ struct Row {
     bool loads_x, loads_e, loads_xi, writes_m;
     int32_t branches, terms, extras, draws;
     uint32_t stream[kMaxDraws];
-    T p, lo, hi, c_in;
     double quantile, floor, ceiling;  // of the threshold: what the float64 columns say
-    T a_x, a_e, b_0, c, d_x, d_e, g_0, c_e;
+    // The numbers of the head in the order of their columns, so that a warp converts them at once;
+    // u, v, b_raw, d_new and g_raw are a GrownRow's.
+    T p, u, v, lo, hi;
+    T a_x, a_e, b_0, b_raw, c, d_x, d_e, d_new, g_0, g_raw, c_e;
     T xi[kMaxDraws];
+    T c_in;
     T k[kMaxBranches];
     int32_t branch[kMaxBranches];
     Term<T> term[kMaxTerms];
@@ -54,7 +57,6 @@ template <class T>
 struct GrownRow : Row<T> {
     static constexpr bool kGrown = true;
 
-    T u, v, b_raw, g_raw, d_new;
     bool blends;  // (u, v) is not (0, 1)
     int32_t scalar_b, scalar_g, scalar_c, scalar_ce;  // columns of S; -1: none
     int32_t scalar_k[kMaxBranches];                   // of the branches that are read
@@ -81,26 +83,8 @@ FASTDIFF_HD bool evaluates_row(const double* v) {
     return is_index(v[head::flags], 0, kAllFlags) && (static_cast<int32_t>(v[head::flags]) & kEvaluate);
 }
 
-// Whether column `c` of the row `v` asks for a GrownRow. What nothing weighs does not: a row of
-// zeros does nothing.
-FASTDIFF_HD bool grows(const StageArgs& a, int64_t c, const double* v) {
-    switch (c) {
-        case head::u: return v[c] != 0 && evaluates_row(v);
-        case head::v: return v[c] != 1 && evaluates_row(v);
-        case head::b_raw: case head::g_raw: case head::d_new: case head::n_products:
-            return v[c] != 0;
-        case head::scalar_b: return v[c] != -1 && v[head::b_0] != 0;
-        case head::scalar_g: return v[c] != -1 && v[head::g_0] != 0;
-        case head::scalar_c: return v[c] != -1 && v[head::c] != 0;
-        case head::scalar_ce: return v[c] != -1 && v[head::c_e] != 0;
-        default: break;
-    }
-    const int64_t past = c - a.branch_offset();
-    return past >= 0 && c < a.extra_offset() && past % branch::kColumns == branch::scalar_k &&
-           v[c] != -1 && v[c - branch::scalar_k + branch::k] != 0;
-}
-
-// Whether any column does: asked at every launch, so without a branch a column.
+// Whether the row asks for a GrownRow. What nothing weighs does not: a row of zeros does nothing.
+// Asked at every launch of the CPU core, so without a branch a column.
 FASTDIFF_HD bool grows(const StageArgs& a, const double* v) {
     bool any = (v[head::b_raw] != 0) | (v[head::g_raw] != 0) | (v[head::d_new] != 0) |
                (v[head::n_products] != 0);
@@ -130,36 +114,59 @@ FASTDIFF_HD Status resolve_draws(const StageArgs& a, const double* v, Row<T>& ro
     return kOk;
 }
 
+// Which sum a product's columns go into, or -1 where they name none.
+FASTDIFF_HD int32_t sum_of(const double* columns) {
+    return is_index(columns[product::into], kIntoCodes)
+               ? static_cast<int32_t>(columns[product::into])
+               : -1;
+}
+
+// A product from its columns, in a row with these flags. Sets `used` where it weighs; `reads` gains
+// what it reads.
+template <class T>
+FASTDIFF_HD Status resolve_product(const StageArgs& a, const double* columns, int32_t flags,
+                                   Product<T>& to, bool& used, int32_t& reads) {
+    const int32_t into = sum_of(columns);
+    const bool evaluates = flags & kEvaluate, written = into == kIntoY ||
+               (flags & (into == kIntoX ? kWritesX : kWritesE));
+    used = false;
+    if (into < 0 || !is_index(columns[product::of], kOfPoint + 1)) return kBadProduct;
+    int32_t of = static_cast<int32_t>(columns[product::of]);
+    if (into == kIntoY && of != kOfPoint) return kBadProduct;
+    if (into == kIntoY && !evaluates) return kNoH;
+    if (!written || columns[product::weight] == 0) return kOk;
+    if (!is_index(columns[product::bank], a.entries)) return kBadEntry;
+    const double at = columns[product::at];
+    if (of == kOfSlot && !is_index(at, a.slots)) return kBadSlot;
+    if (of == kOfBank && !is_index(at, a.entries)) return kBadEntry;
+    if (of == kOfH && !evaluates) return kNoH;
+    if (of == kOfPoint && into != kIntoY) of = (flags & kAtE) ? kOfE : kOfX;
+    if (of == kOfX || (of == kOfNew && !(flags & kWritesX))) reads |= kReadsX;
+    if (of == kOfE) reads |= kReadsE;
+    if (of == kOfXi) reads |= kReadsXi;
+    used = true;
+    to = {static_cast<T>(columns[product::weight]), of,
+          of == kOfSlot || of == kOfBank ? static_cast<int32_t>(at) : 0,
+          static_cast<int32_t>(columns[product::bank])};
+    return kOk;
+}
+
 template <class T>
 FASTDIFF_HD Status resolve_products(const StageArgs& a, const double* v, GrownRow<T>& row,
                                     int32_t& reads) {
-    const bool evaluates = row.flags & kEvaluate;
     const int count = static_cast<int>(v[head::n_products]);
     row.products = 0;
     for (int into = kIntoY; into < kIntoCodes; ++into) {
-        const bool written = into == kIntoY || (row.flags & (into == kIntoX ? kWritesX : kWritesE));
         const double* columns = v + a.product_offset();
         for (int i = 0; i < count; ++i, columns += product::kColumns) {
-            if (!is_index(columns[product::into], kIntoCodes)) return kBadProduct;
-            if (columns[product::into] != into) continue;
-            if (!is_index(columns[product::of], kOfPoint + 1)) return kBadProduct;
-            int32_t of = static_cast<int32_t>(columns[product::of]);
-            if (into == kIntoY && of != kOfPoint) return kBadProduct;
-            if (into == kIntoY && !evaluates) return kNoH;
-            if (!written || columns[product::weight] == 0) continue;
-            if (!is_index(columns[product::bank], a.entries)) return kBadEntry;
-            const double at = columns[product::at];
-            if (of == kOfSlot && !is_index(at, a.slots)) return kBadSlot;
-            if (of == kOfBank && !is_index(at, a.entries)) return kBadEntry;
-            if (of == kOfH && !evaluates) return kNoH;
-            if (of == kOfPoint && into != kIntoY) of = (row.flags & kAtE) ? kOfE : kOfX;
-            if (of == kOfX || (of == kOfNew && !(row.flags & kWritesX))) reads |= kReadsX;
-            if (of == kOfE) reads |= kReadsE;
-            if (of == kOfXi) reads |= kReadsXi;
-            row.product[row.products++] = {static_cast<T>(columns[product::weight]), of,
-                                           of == kOfSlot || of == kOfBank ? static_cast<int32_t>(at)
-                                                                          : 0,
-                                           static_cast<int32_t>(columns[product::bank])};
+            const int32_t sum = sum_of(columns);
+            if (sum < 0) return kBadProduct;
+            if (sum != into) continue;
+            Product<T> product;
+            bool used = false;
+            const Status status = resolve_product(a, columns, row.flags, product, used, reads);
+            if (status != kOk) return status;
+            if (used) row.product[row.products++] = product;
         }
         if (into == kIntoY) row.into_y = row.products;
         if (into == kIntoX) row.into_x = row.products;
@@ -197,6 +204,15 @@ FASTDIFF_HD Status resolve_growth(const StageArgs& a, const double* v, GrownRow<
     if (row.d_new != T(0) && !writes_x) reads |= kReadsX;
     at_point = row.u != T(0) || row.into_y > 0;
     return kOk;
+}
+
+// Whether a threshold's numbers are legal.
+template <class T>
+FASTDIFF_HD bool is_threshold(double quantile, double floor, double ceiling) {
+    const T least = static_cast<T>(floor);
+    return quantile > 0 && quantile <= 1 && least > 0 &&
+           least - least == 0 &&  // finite in the arithmetic type
+           ceiling >= floor;
 }
 
 // From the columns `v` of a row, wherever they lie. Writes nothing but `row`. `draws`: whether the
@@ -249,12 +265,9 @@ FASTDIFF_HD Status resolve(const StageArgs& a, const double* v, R& row, bool dra
     row.quantile = v[head::quantile];
     row.floor = v[head::floor];
     row.ceiling = v[head::ceiling];
-    if (flags & kThreshold) {
-        const T floor = static_cast<T>(row.floor);
-        const bool legal = row.quantile > 0 && row.quantile <= 1 && floor > 0 &&
-                           floor - floor == 0 &&  // finite in the arithmetic type
-                           row.ceiling >= row.floor;
-        if (!legal || (flags & kClip)) return kBadThreshold;
+    if ((flags & kThreshold) &&
+        ((flags & kClip) || !is_threshold<T>(row.quantile, row.floor, row.ceiling))) {
+        return kBadThreshold;
     }
     row.a_x = static_cast<T>(v[head::a_x]);
     row.a_e = static_cast<T>(v[head::a_e]);

@@ -11,7 +11,7 @@
 namespace fastdiff {
 
 // Raised whenever a signature of the compiled core changes; columns and codes are compared by name.
-constexpr int kAbi = 6;
+constexpr int kAbi = 7;
 
 enum Dtype : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
 constexpr int kDtypes = 4;

@@ -15,7 +15,7 @@ from typing import Any
 from .plans import layout
 
 # The compiled core's, in csrc/table.h.
-ABI = 6
+ABI = 7
 
 _GROUPS = ("HEAD", "TERM", "BRANCH", "EXTRA", "PRODUCT", "MEASURE", "INTO", "OF", "REDUCTIONS")
 

@@ -78,7 +78,7 @@ def normal(
     code = 1 if dtype == torch.float64 else 0
     if device is not None and torch.device(device).type == "cuda":
         core, _ = _core.cuda_core()
-        if core is not None and core.problem() is None:
+        if core is not None and core.problem(torch.device(device).index or 0) is None:
             z = torch.empty(sizes, dtype=torch.float64 if code else torch.float32, device=device)
             _fill_on_device(z, core, seeds, stream, offset)
             return z.to(dtype)

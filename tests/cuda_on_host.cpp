@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA module with the host in the device's place: csrc/cuda/*.h run thread after thread, in the
-// grids of csrc/cuda/kernels.cu, on host memory. What it cannot show is what only a GPU has:
-// barriers, memory spaces, the compiled machine code.
+// The CUDA module with the host in the device's place: csrc/cuda/*.h run thread after thread on host
+// memory, in the grids and by the launchers of csrc/cuda/launch.cpp over the runtime in
+// tests/cuda_runtime/. What it cannot show is what only a GPU has: barriers, memory spaces, the
+// compiled machine code.
+#include "cuda/launch.h"
 #include "cuda/meter.h"
 
+#include <array>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
 namespace fastdiff::cuda {
 namespace {
-
-// Few, so that every test makes threads stride.
-constexpr int64_t kResident = 3;
-
-int64_t blocks_for(int64_t wanted) { return wanted < kResident ? wanted : kResident; }
 
 // Each thread of a block does `work` before any of them goes on: what a barrier ends.
 template <class Work>
@@ -20,32 +20,107 @@ void phase(int threads, const Work& work) {
     for (int k = 0; k < threads; ++k) work((k * 37 + 11) % threads);
 }
 
-// The row of a block or a warp of this many threads.
+// To the bit, since a coefficient may be NaN; but what lies between the fields counts for nothing.
+template <class E>
+bool equal(const E& a, const E& b) {
+    return memcmp(&a, &b, sizeof a) == 0;
+}
+template <class T>
+bool equal(const Term<T>& a, const Term<T>& b) {
+    return equal(a.b, b.b) && equal(a.g, b.g) && a.source == b.source;
+}
+template <class T>
+bool equal(const Product<T>& a, const Product<T>& b) {
+    return equal(a.weight, b.weight) && a.of == b.of && a.at == b.at && a.entry == b.entry;
+}
+template <class List>
+bool same(const List& a, const List& b, int count) {
+    for (int i = 0; i < count; ++i) {
+        if (!equal(a[i], b[i])) return false;
+    }
+    return true;
+}
+
+// Whether two rows say the same, as far as a stage looks at them.
+template <class T>
+bool same(const Row<T>& a, const Row<T>& b) {
+    const auto numbers = [](const Row<T>& r) {
+        return std::array{r.p + T(0), r.lo,  r.hi,  r.a_x, r.a_e, r.b_0, r.c,
+                          r.d_x, r.d_e, r.g_0, r.c_e, r.c_in};
+    };
+    const auto others = [](const Row<T>& r) {
+        return std::array<int32_t, 13>{r.flags,    r.push,     r.push_x,  r.x_reads,  r.e_reads,
+                                       r.loads_x,  r.loads_e,  r.loads_xi, r.writes_m, r.branches,
+                                       r.terms,    r.extras,   r.draws};
+    };
+    const auto limits = [](const Row<T>& r) { return std::array{r.quantile, r.floor, r.ceiling}; };
+    return same(numbers(a), numbers(b), 12) && others(a) == others(b) &&
+           same(limits(a), limits(b), 3) && same(a.stream, b.stream, a.draws) &&
+           same(a.xi, b.xi, a.draws) && same(a.k, b.k, a.branches) &&
+           same(a.branch, b.branch, a.branches) && same(a.term, b.term, a.terms) &&
+           same(a.extra, b.extra, a.extras);
+}
+template <class T>
+bool same(const GrownRow<T>& a, const GrownRow<T>& b) {
+    const auto numbers = [](const GrownRow<T>& r) {
+        return std::array{r.u, r.v, r.b_raw, r.g_raw, r.d_new};
+    };
+    const auto others = [](const GrownRow<T>& r) {
+        return std::array<int32_t, 8>{r.blends,    r.scalar_b, r.scalar_g, r.scalar_c,
+                                      r.scalar_ce, r.into_y,   r.into_x,   r.products};
+    };
+    return same(static_cast<const Row<T>&>(a), static_cast<const Row<T>&>(b)) &&
+           same(numbers(a), numbers(b), 5) && others(a) == others(b) &&
+           same(a.scalar_k, b.scalar_k, a.branches) && same(a.product, b.product, a.products);
+}
+
+// The row as the host's own `resolve` has it.
+template <class R>
+Status serial(const Launch& l, const double* columns, const Resolved<R>&, R& row) {
+    if (!R::kGrown && grows(l.args, columns)) return kNoGrowth;
+    return cuda::resolve(l, columns, row);
+}
+template <class T>
+Status serial(const Launch& l, const double* columns, const Measured<T>&, GrownRow<T>& row) {
+    return resolve_measures(l.args, columns, row);
+}
+
+// Each row that a warp resolves, and each that it refuses, is compared with the host's.
 template <class At>
-void resolve_by(int threads, const Launch& l, int64_t index, At& at) {
-    bool grown = false;
-    phase(threads, [&](int lane) { grown = at.fetch(l, index, lane, threads) || grown; });
-    at.resolve(l, index, grown);
+void resolve_by_warp(const Launch& l, int64_t index, At& at) {
+    memset(static_cast<void*>(&at.row), 0xA5, sizeof at.row);
+    at.resolve(Warp{0}, l, index);
+    at.report(l, index);
+    decltype(at.row) row;
+    memset(static_cast<void*>(&row), 0x5A, sizeof row);
+    const bool inside = index >= 0 && index < l.args.rows;
+    const Status status =
+        inside ? serial(l, l.args.table + index * l.args.width(), at, row) : kBadRow;
+    if (status != at.status || (status == kOk && !same(at.row, row))) {
+        throw std::logic_error("row " + std::to_string(index) + ": a warp says " +
+                               std::to_string(at.status) + ", the host " + std::to_string(status));
+    }
 }
 
 template <class R, class S>
-void shared(const Launch& l) {
-    const int64_t quads = l.args.batch * quads_of(l.args.size);
-    const int64_t threads = blocks_for((quads + kThreads - 1) / kThreads) * kThreads;
+void stage_shared(void** arguments, unsigned blocks) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
+    const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
     Resolved<R> at;
     for (int64_t thread = 0; thread < threads; ++thread) {
-        if (thread % kThreads == 0) resolve_by(kThreads, l, row_of(l, 0), at);
+        if (thread % kThreads == 0) resolve_by_warp(l, row_of(l, 0), at);
         if (at.status == kOk) shared_thread<S>(l, at.row, thread, threads);
     }
 }
 
 template <class R, class S>
-void samples(const Launch& l) {
+void stage_samples(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
     const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
     Resolved<R> at;
     for (int64_t unit = l.args.batch * chunks; unit-- > 0;) {
         const int64_t b = divide(unit, chunks);
-        resolve_by(kWarp, l, row_of(l, b), at);
+        resolve_by_warp(l, row_of(l, b), at);
         for (int lane = 0; lane < kWarp && at.status == kOk; ++lane) {
             sample_lane<S>(l, at.row, b, unit - b * chunks, lane, kWarp);
         }
@@ -53,14 +128,15 @@ void samples(const Launch& l) {
 }
 
 template <class R, class S>
-void thresholds(const Launch& l) {
+void thresholds(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
     using T = typename R::Number;
     constexpr int kBlock = kSelectors<T>, kBins = Selection<T>::kBins;
     Resolved<R> at;
     const auto memory = std::make_unique<Selection<T>>();
     Selection<T>& selection = *memory;
     for (int64_t b = 0; b < l.args.batch; ++b) {
-        resolve_by(kBlock, l, row_of(l, b), at);
+        resolve_by_warp(l, row_of(l, b), at);
         if (at.status != kOk || !(at.row.flags & kThreshold)) continue;
         memset(static_cast<void*>(&selection), 0xA5, sizeof selection);
         const double wanted = at.row.quantile;
@@ -78,12 +154,14 @@ void thresholds(const Launch& l) {
 }
 
 template <class T, class S>
-void measures(const Launch& l) {
-    Resolved<GrownRow<T>, true> at;
+void measures(void** arguments, unsigned) {
+    const Launch& l = *static_cast<Launch*>(arguments[0]);
+    Measured<T> at;
     const auto memory = std::make_unique<Meter<T>>();
     Meter<T>& meter = *memory;
     for (int64_t b = 0; b < l.args.batch; ++b) {
-        resolve_by(kThreads, l, row_of(l, b), at);
+        phase(kThreads, [&](int thread) { at.fetch(l, row_of(l, b), thread, kThreads); });
+        resolve_by_warp(l, row_of(l, b), at);
         if (at.status != kOk) continue;
         memset(static_cast<void*>(&meter), 0xA5, sizeof meter);
         measure_sample<T, S>(l, at.columns, at.row, b, meter,
@@ -91,76 +169,47 @@ void measures(const Launch& l) {
     }
 }
 
-template <class R, class S>
-void either(const Launch& l) {
-    if (l.scale != nullptr) thresholds<R, S>(l);
-    if (l.args.stage_index == nullptr) {
-        shared<R, S>(l);
-    } else {
-        samples<R, S>(l);
+template <class Z>
+void normals(void** arguments, unsigned blocks) {
+    const Normals& n = *static_cast<Normals*>(arguments[0]);
+    const bool wide = *static_cast<bool*>(arguments[1]);
+    const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
+    for (int64_t thread = 0; thread < threads; ++thread) {
+        normal_thread<Z>(n, wide, thread, threads);
     }
-}
-
-struct RunStage {
-    template <class T, class S>
-    static void run(const Launch& l) {
-        if (l.grown) {
-            either<GrownRow<T>, S>(l);
-        } else {
-            either<Row<T>, S>(l);
-        }
-    }
-};
-
-struct RunMeasures {
-    template <class T, class S>
-    static void run(const Launch& l) {
-        measures<T, S>(l);
-    }
-};
-
-template <class What, class T>
-void by_output(const Launch& l) {
-    switch (l.args.out_dtype) {
-        case kFloat32: return What::template run<T, float>(l);
-        case kFloat64: return What::template run<T, double>(l);
-        case kBfloat16: return What::template run<T, Bfloat16>(l);
-        default: return What::template run<T, Float16>(l);
-    }
-}
-
-template <class What>
-Outcome dispatch(Launch l) {
-    const Status status = check_alignment(l);
-    if (status != kOk) return {status, nullptr};
-    if (l.args.batch * l.args.size == 0) return {kOk, nullptr};
-    if (l.args.state == kFloat64) {
-        by_output<What, double>(l);
-    } else {
-        by_output<What, float>(l);
-    }
-    return {kOk, nullptr};
 }
 
 }  // namespace
 
-Outcome run_stage(Launch l, int, void*) { return dispatch<RunStage>(l); }
-
-Outcome run_measures(Launch l, int, void*) { return dispatch<RunMeasures>(l); }
-
-Outcome normal(const Normals& n, Dtype dtype, int, void*) {
-    const bool wide = n.size % 4 == 0 && reinterpret_cast<uintptr_t>(n.z) % 16 == 0;
-    const int64_t threads = kResident * kThreads;
-    for (int64_t thread = 0; thread < threads && n.batch * n.size > 0; ++thread) {
-        if (dtype == kFloat64) {
-            normal_thread<double>(n, wide, thread, threads);
-        } else {
-            normal_thread<float>(n, wide, thread, threads);
-        }
+// As in csrc/cuda/kernels.cu.
+#define FASTDIFF_OUT_DTYPES(kernel, T, threads)                                \
+    {                                                                          \
+        {reinterpret_cast<const void*>(kernel<T, float>), threads, {}},        \
+            {reinterpret_cast<const void*>(kernel<T, double>), threads, {}},   \
+            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), threads, {}}, \
+            {reinterpret_cast<const void*>(kernel<T, Float16>), threads, {}},  \
     }
-    return {kOk, nullptr};
-}
 
-Outcome probe() { return {kOk, nullptr}; }
+Kernel kStages[2][2][2][kDtypes] = {
+    {{FASTDIFF_OUT_DTYPES(stage_shared, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, Row<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, Row<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, Row<double>, kThreads)}},
+    {{FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<double>, kThreads)},
+     {FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<float>, kThreads),
+      FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<double>, kThreads)}},
+};
+Kernel kThresholds[2][2][kDtypes] = {
+    {FASTDIFF_OUT_DTYPES(thresholds, Row<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, Row<double>, kSelectors<double>)},
+    {FASTDIFF_OUT_DTYPES(thresholds, GrownRow<float>, kSelectors<float>),
+     FASTDIFF_OUT_DTYPES(thresholds, GrownRow<double>, kSelectors<double>)},
+};
+Kernel kMeasures[2][kDtypes] = {FASTDIFF_OUT_DTYPES(measures, float, kThreads),
+                                FASTDIFF_OUT_DTYPES(measures, double, kThreads)};
+Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), kThreads, {}},
+                      {reinterpret_cast<const void*>(normals<double>), kThreads, {}}};
+#undef FASTDIFF_OUT_DTYPES
 
 }  // namespace fastdiff::cuda

@@ -4,13 +4,23 @@
 // It imports where no driver is. Addresses are never read here: what the host must know of a table
 // it learns from the host's copy, given to `check_table`.
 #include <array>
+#include <optional>
 
 #include "bindings/bindings.h"
 #include "cuda/cuda.h"
 
 using namespace fastdiff;
 
+#define FASTDIFF_TEXT_OF(text) #text
+#define FASTDIFF_TEXT(macro) FASTDIFF_TEXT_OF(macro)
+#if !defined(FASTDIFF_CUDA_ARCHS)
+#define FASTDIFF_CUDA_ARCHS 80_90_100
+#endif
+
 namespace {
+
+// The architectures that the kernels were compiled for, as setup.py has them.
+constexpr const char* kArchs = FASTDIFF_TEXT(FASTDIFF_CUDA_ARCHS);
 
 void raise_if(cuda::Outcome outcome) {
     if (outcome.status == kOk) return;
@@ -72,6 +82,9 @@ public:
         launch_.grown = launch.grown;
     }
 
+    // From now on others than this stage may write to the table on the device.
+    void share_table() { launch_.own_table = false; }
+
     // `out` 0: no network output; `xi` 0: the row draws its own noise.
     void run(int64_t row, uintptr_t out, int out_dtype, int64_t out_stride, uintptr_t xi,
              uintptr_t stream) const {
@@ -121,6 +134,7 @@ private:
         launch.row_index = fields.address<const int64_t>("row_index");
         launch.fault = fields.address<int64_t>("fault");
         launch.scale = fields.address<void>("scale");
+        launch.own_table = fields.take<bool>("own_table");
         *device = fields.take<int>("device");
         fields.done();
         if (launch.fault == nullptr || (launch.scale == nullptr && launch.args.batch > 0)) {
@@ -216,10 +230,24 @@ void normal(uintptr_t z, int dtype, uintptr_t seeds, int64_t batch, int64_t size
     raise_if(cuda::normal(normals, static_cast<Dtype>(dtype), device, pointer<void>(cuda_stream)));
 }
 
-// None where this module can launch; else the runtime's words.
-py::object problem() {
-    const cuda::Outcome outcome = cuda::probe();
+// None where this module can launch, on a device where one is named; else the runtime's words.
+py::object problem(const std::optional<int>& device) {
+    cuda::Outcome outcome = cuda::probe();
+    if (outcome.status == kOk && device) outcome = cuda::probe(*device);
     return outcome.status == kOk ? py::object(py::none()) : py::object(py::str(outcome.reason));
+}
+
+// Of each kernel its name and what it takes, or None where they do not run.
+py::object kernels(int device) {
+    constexpr const char* kNames[kDtypes] = {"float32", "float64", "bfloat16", "float16"};
+    py::list list;
+    const cuda::Outcome outcome = cuda::usages(device, [&](const cuda::Usage& usage) {
+        const std::string name = std::string(usage.family) + (usage.grown ? " grown " : " ") +
+                                 kNames[usage.wide] + " " + kNames[usage.out];
+        list.append(py::make_tuple(name, usage.registers, usage.local, usage.shared, usage.threads,
+                                   usage.blocks));
+    });
+    return outcome.status == kOk ? py::object(list) : py::object(py::none());
 }
 
 }  // namespace
@@ -227,16 +255,22 @@ py::object problem() {
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "The CUDA part of fastdiff. Private: device addresses in, no checks of shapes.";
     describe(module);
+    module.attr("archs") = kArchs;
 
     py::class_<Stage>(module, "Stage", py::module_local())
         .def(py::init<const py::dict&>(), "Stage(fields)")
         .def("check_table", &Stage::check_table, "check_table(host): the host's copy of the table")
+        .def("share_table", &Stage::share_table, "Others may write to the device's table now.")
         .def("run", &Stage::run, "run(row, out, out_dtype, out_stride, xi, stream)")
         .def("measure", &Stage::measure, "measure(row, out, out_dtype, out_stride, xi, stream)");
 
     module.def("normal", &normal,
                "normal(z, dtype, seeds, batch, size, stream, offset, device, cuda_stream)");
-    module.def("problem", &problem, "What keeps this module from launching, or None.");
+    module.def("problem", &problem, py::arg("device") = py::none(),
+               "problem(device=None): what keeps this module from launching (there), or None");
+    module.def("kernels", &kernels, py::arg("device") = 0,
+               "kernels(device=0): (name, registers and local bytes of a thread, shared bytes and "
+               "threads of a block, blocks at once on a multiprocessor) of each; None: no device");
     module.def(
         "refuse",
         [](int status, int64_t row, int64_t rows) {

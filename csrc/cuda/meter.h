@@ -31,9 +31,13 @@ struct Meter {
         double sums[4] = {0, 0, 0, 0};
         for (int64_t q = thread; q < quads_of(a.size); q += kThreads) {
             reread();
-            auto quad = quad_of<kWide, S>(l, row, b, q, seed);
-            const auto first = operand_of(row, quad, r.a);
-            const auto second = same ? first : operand_of(row, quad, r.b);
+            const auto quad = quad_of<kWide, S>(l, row, b, q, seed);
+            auto first = quad.zero(), second = first;
+            FASTDIFF_ROLLED  // one copy of what an operand takes, for the registers it keeps
+            for (int operand = 0; operand < (same ? 1 : 2); ++operand) {
+                second = operand_of(row, quad, operand == 0 ? r.a : r.b);
+                if (operand == 0) first = second;
+            }
             for (int k = 0; k < 4; ++k) {
                 if (k < quad.count) sums[k] = added(kind, first.v[k], second.v[k], mean, sums[k]);
             }
@@ -135,16 +139,19 @@ FASTDIFF_HD void measure_sample(const Launch& l, const double* columns, const Gr
                 });
                 continue;
             }
-            if (r.kind == kStd) {
-                total(r, kSum);
+            // a deviation takes the sum for the mean first
+            FASTDIFF_ROLLED
+            for (int pass = r.kind == kStd ? 0 : 1; pass < 2; ++pass) {
+                total(r, pass == 0 ? kSum : r.kind);
                 each([&](int thread) {
-                    if (thread == 0) meter.mean = meter.lanes[0] / static_cast<double>(a.size);
+                    if (thread != 0) return;
+                    if (pass == 0) {
+                        meter.mean = meter.lanes[0] / static_cast<double>(a.size);
+                    } else {
+                        meter.value[part] = reduced(r.kind, meter.lanes[0], a.size);
+                    }
                 });
             }
-            total(r, r.kind);
-            each([&](int thread) {
-                if (thread == 0) meter.value[part] = reduced(r.kind, meter.lanes[0], a.size);
-            });
         }
         each([&](int thread) {
             if (thread != 0) return;

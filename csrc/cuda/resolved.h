@@ -3,9 +3,19 @@
 // would be local memory.
 #pragma once
 
-#include "cuda/cuda.h"
+#include "cuda/resolution.h"
 
 namespace fastdiff::cuda {
+
+// Waits until the kernels ahead in the stream have ended and what they wrote is seen. A launch may
+// begin before that (`resolves_early`): until here it has read nothing but its row, and written
+// nothing. Every thread of such a launch comes here, so that the kernel behind it, which waits for
+// this one, waits for those ahead as well.
+FASTDIFF_HD void await_predecessors() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // The row of sample b, not yet checked. Wraps where a stage index is nonsense.
 FASTDIFF_HD int64_t row_of(const Launch& l, int64_t b) {
@@ -15,49 +25,79 @@ FASTDIFF_HD int64_t row_of(const Launch& l, int64_t b) {
     return static_cast<int64_t>(index);
 }
 
-// Doubles of a row of the widest layout, without what its kernel leaves out.
-template <class R, bool kMeasures>
-constexpr int kMaxWidth = head::kColumns + term::kColumns * kMaxTerms +
-                          branch::kColumns * kMaxBranches + extra::kColumns * kMaxExtras +
-                          (R::kGrown ? product::kColumns * kMaxProducts : 0) +
-                          (kMeasures ? measure::kColumns * kMaxMeasures : 0);
-
-// A row in shared memory. Its threads call `fetch`, one of them then `resolve` with whether any
-// `fetch` was true, with barriers before, between and after. kMeasures: for the row's measures.
-template <class R, bool kMeasures = false>
+// A row in shared memory. One warp resolves it, one thread then reports a fault after
+// `await_predecessors`, with a barrier before the row is read.
+template <class R>
 struct Resolved {
-    double columns[kMaxWidth<R, kMeasures>];
     R row;
     Status status;
 
-    // Whether a column read here asks for a GrownRow where R is none.
-    FASTDIFF_HD bool fetch(const Launch& l, int64_t index, int lane, int lanes) {
-        if (index < 0 || index >= l.args.rows) return false;
-        const StageArgs& a = l.args;
-        const int64_t used = kMeasures    ? a.width()
-                             : R::kGrown ? a.measure_offset()
-                                         : a.product_offset();
-        const double* from = a.table + index * a.width();
-        bool grown = false;
-        for (int c = lane; c < static_cast<int>(used); c += lanes) {
-            columns[c] = from[c];
-            if (!R::kGrown) grown = grown || grows(a, c, from);
-        }
-        return grown;
-    }
-    FASTDIFF_HD void resolve(const Launch& l, int64_t index, bool grown) {
+    FASTDIFF_HD void resolve(const Warp& warp, const Launch& l, int64_t index) {
         if (index < 0 || index >= l.args.rows) {
             status = kBadRow;
-        } else if (grown) {
-            status = kNoGrowth;
-        } else if constexpr (kMeasures) {
-            status = resolve_measures(l.args, columns, row);
         } else {
-            status = cuda::resolve(l, columns, row);
+            Resolution<R> resolution{warp, l.args, l.args.table + index * l.args.width(), row};
+            status = resolution.run(false);
+            if (status == kOk) status = scaled(l, resolution.limits);
         }
+    }
+    FASTDIFF_HD void report(const Launch& l, int64_t index) const {
         if (status == kOk) return;
         l.fault[1] = index;
         l.fault[0] = status;
+    }
+};
+
+// Doubles of a row of the widest layout.
+constexpr int kMaxWidth = head::kColumns + term::kColumns * kMaxTerms +
+                          branch::kColumns * kMaxBranches + extra::kColumns * kMaxExtras +
+                          product::kColumns * kMaxProducts + measure::kColumns * kMaxMeasures;
+
+// A row for its measures, with the columns that say what they are. All threads `fetch`, with a
+// barrier before a warp resolves.
+template <class T>
+struct Measured : Resolved<GrownRow<T>> {
+    double columns[kMaxWidth];
+
+    FASTDIFF_HD void fetch(const Launch& l, int64_t index, int thread, int threads) {
+        if (index < 0 || index >= l.args.rows) return;
+        const int64_t width = l.args.width();
+        const double* from = l.args.table + index * width;
+        for (int c = thread; c < static_cast<int>(width); c += threads) columns[c] = from[c];
+    }
+    FASTDIFF_HD void resolve(const Warp& warp, const Launch& l, int64_t index) {
+        const StageArgs& a = l.args;
+        bool draws = false;
+        this->status = index < 0 || index >= a.rows ? kBadRow : measures(warp, a, draws);
+        if (this->status != kOk) return;
+        Resolution<GrownRow<T>> resolution{warp, a, columns, this->row};
+        this->status = resolution.run(draws);
+    }
+
+private:
+    // As `check_measures`: a lane has a measure.
+    FASTDIFF_HD Status measures(const Warp& warp, const StageArgs& a, bool& draws) const {
+        const Whole flags = whole(columns[head::flags], 0, kAllFlags + 1);
+        const Whole count = whole(columns[head::n_measures], 0, a.measures + 1);
+        if (!flags.legal) return kBadFlags;
+        if (!count.legal) return kBadCount;
+        struct One {
+            int32_t status;
+            bool draws;
+        };
+        const double* m = columns + a.measure_offset();
+        const auto each = warp.each([&](int lane) {
+            One one = {kOk, false};
+            if (lane < static_cast<int>(count.above)) {
+                one.status = check_measure(a, columns, m + measure::kColumns * lane, one.draws);
+            }
+            return one;
+        });
+        draws = warp.ballot([&](int lane) { return each.at(lane).draws; }) != 0;
+        const uint32_t faults = warp.ballot([&](int lane) { return each.at(lane).status != kOk; });
+        if (faults == 0) return kOk;
+        const auto statuses = warp.each([&](int lane) { return each.at(lane).status; });
+        return static_cast<Status>(warp.of(statuses, lowest_bit(faults)));
     }
 };
 

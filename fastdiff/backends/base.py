@@ -55,12 +55,18 @@ class BoundStage(Protocol):
 
     Attributes:
         capturable: As of the backend.
-        table: The rows that `run` reads, [rows, layout.width]; beside the registers where the
-            backend keeps them on a device. Values may be replaced in place between runs.
     """
 
     capturable: bool
-    table: torch.Tensor
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The rows that `run` reads, [rows, layout.width].
+
+        They lie beside the registers where the backend keeps them on a device. Values may be
+        replaced in place between runs.
+        """
+        ...
 
     def run(self, row: int, out: torch.Tensor | None, xi: torch.Tensor | None) -> None:
         """Updates the registers by one row.

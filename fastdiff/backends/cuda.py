@@ -9,7 +9,9 @@ graph follows what is written there. Nothing waits for the device but `bind`, `r
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -44,8 +46,13 @@ class CudaBackend:
             return "PyTorch finds no CUDA device; nvidia-smi says what the driver sees"
         problem = core.problem()
         if problem is not None:
-            return f"the CUDA part is built and cannot launch ({problem}); update NVIDIA's driver"
-        return None
+            return (
+                f"the CUDA part is built and cannot launch ({problem}), none of its kernels, for "
+                f"{_capabilities(core)}; update NVIDIA's driver, {_MEANWHILE}"
+            )
+        reasons = (lacking(core, number) for number in range(torch.cuda.device_count()))
+        first = next(reasons, None)
+        return first if first is not None and all(reasons) else None
 
     def supports(
         self,
@@ -58,7 +65,13 @@ class CudaBackend:
             return f"it runs CUDA tensors; got {device}"
         if not torch.cuda.is_available():
             return f"no CUDA device can be used here; got {device}"
-        return refusal(cuda_core()[0], state, network, layout)
+        core = cuda_core()[0]
+        if core is not None and core.problem() is None:
+            number = torch.cuda.current_device() if device.index is None else device.index
+            reason = lacking(core, number, core.problem(number))
+            if reason is not None and self.missing() is None:
+                return reason  # of this device; `missing` speaks for all
+        return refusal(core, state, network, layout)
 
     def bind(
         self,
@@ -93,7 +106,7 @@ class CudaBackend:
             TypeError: A dtype is wrong.
             NotImplementedError: The layout is beyond the core, or a row thresholds samples of 2^32
                 elements or more.
-            RuntimeError: The CUDA part is not built.
+            RuntimeError: The CUDA part is not built, or has no kernels for the device.
         """
         core, why = cuda_core()
         if core is None:
@@ -104,12 +117,16 @@ class CudaBackend:
                 f"cuda backend: registers are CUDA tensors; got x on {device}. Move them, or use "
                 'backend="cpu".'
             )
-        arguments = stage_arguments("cuda", registers, table, layout, stage_index, offset)
+        number = device.index or 0
+        problem = core.problem(number) if device.type == "cuda" else None
+        if problem is not None:
+            raise RuntimeError(f"cuda backend: {lacking(core, number, problem)}.")
         check_tensor("cuda", "row_index", row_index, torch.int64, (1,), device)
         if table.device not in (device, torch.device("cpu")):
             raise ValueError(
                 f"cuda backend: table lies on the CPU or on {device}; got {table.device}."
             )
+        arguments = stage_arguments("cuda", registers, table, layout, stage_index, offset)
         with torch.inference_mode(False):
             on_device = table if table.is_cuda else table.to(device, copy=True)
             fault = torch.zeros(2, dtype=torch.int64, device=device)
@@ -117,7 +134,8 @@ class CudaBackend:
         arguments["table"] = on_device.data_ptr()
         arguments["row_index"] = address(row_index)
         arguments["fault"], arguments["scale"] = fault.data_ptr(), scale.data_ptr()
-        arguments["device"] = device.index or 0
+        arguments["device"] = number
+        arguments["own_table"] = table is not on_device and launches_early()
         stage = core.Stage(arguments)
         on_host = table.cpu()
         stage.check_table(on_host.data_ptr())
@@ -127,21 +145,27 @@ class CudaBackend:
 
 
 class CudaStage:
-    """A `BoundStage` on a CUDA device.
+    """A `BoundStage` on a CUDA device."""
 
-    Attributes:
-        table: The table on the device. Values may be replaced there in place, by kernels too; a row
-            that has become illegal then writes nothing.
-    """
-
-    __slots__ = ("check", "measure", "refresh", "run", "table")
+    __slots__ = ("_rows", "check", "measure", "refresh", "run")
     capturable = True
 
     def __init__(self, rows: _Rows, x: torch.Tensor, branches: int, keep: object) -> None:
-        self.table = rows.table
+        self._rows = rows
         self.refresh, self.check = rows.refresh, rows.check
         self.run = _caller(rows.stage.run, rows, x, branches, keep)
         self.measure = _caller(rows.stage.measure, rows, x, branches, keep)
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The table on the device.
+
+        Values may be replaced there in place, by kernels too; a row that has become illegal then
+        writes nothing. From the first time that it is asked for, launches and captures read their
+        row when all that stands ahead in the stream has ended, since any of it may write there.
+        """
+        self._rows.stage.share_table()
+        return self._rows.table
 
 
 class _Rows:
@@ -163,7 +187,11 @@ class _Rows:
         self.seen = given._version if watched else 0
 
     def refresh(self, table: torch.Tensor) -> None:
-        """Checks a table and copies it to the device."""
+        """Checks a table and copies it to the device.
+
+        The copy is a transfer from the host, no kernel: a launch behind it begins when it has
+        ended, even one that may begin before a kernel ahead of it has (`own_table`).
+        """
         check_tensor("cuda", "table", table, torch.float64, tuple(self.table.shape), table.device)
         if _capturing():
             raise RuntimeError(
@@ -223,6 +251,54 @@ def _caller(
 
 
 _DEVICE = "cuda"
+_MEANWHILE = 'or use backend="triton" or backend="torch"'
+
+
+@functools.cache
+def launches_early() -> bool:
+    """Whether a launch may resolve its row before the kernel ahead of it has ended.
+
+    Raises:
+        ValueError: FASTDIFF_PDL is neither 0 nor 1.
+    """
+    value = os.environ.get("FASTDIFF_PDL", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f'fastdiff: FASTDIFF_PDL is "0", "1" or not set; got {value!r}.')
+    return value != "0"
+
+
+def _capabilities(core: Any) -> str:
+    """The compute capabilities that the CUDA part is built for, as a list in words."""
+    named = [f"{arch.rstrip('af')[:-1]}.{arch.rstrip('af')[-1]}" for arch in core.archs.split("_")]
+    return f"compute capability {', '.join(named)} and newer than {named[-1]}"
+
+
+def lacking(core: Any, number: int, problem: str | None = None) -> str | None:
+    """Why the CUDA part has no kernels for a device, or None.
+
+    Args:
+        core: The CUDA part.
+        number: The device's. It is not touched: its compute capability is known without.
+        problem: What the CUDA runtime has said of the kernels there.
+    """
+    major, minor = torch.cuda.get_device_capability(number)
+    if problem is None and _runs(core.archs.split("_"), major, minor):
+        return None
+    said = "" if problem is None else f" ({problem})"
+    return (
+        f"the CUDA part has no kernels for cuda:{number}, {torch.cuda.get_device_name(number)}, of "
+        f"compute capability {major}.{minor}{said}; it is built for {_capabilities(core)}: build "
+        f"it with FASTDIFF_CUDA_ARCHS={major}{minor}, {_MEANWHILE}"
+    )
+
+
+def _runs(archs: list[str], major: int, minor: int) -> bool:
+    """Whether machine code for one of the architectures, or PTX of the last, runs on a device."""
+    own = 10 * major + minor
+    same = any(own == int(arch.rstrip("af")) for arch in archs)
+    plain = [int(arch) for arch in archs if arch.isdigit()]
+    alike = any(n // 10 == major and n <= own for n in plain)
+    return same or alike or (archs[-1].isdigit() and own >= plain[-1])
 
 
 def _current_stream() -> Callable[[int], int]:

@@ -48,8 +48,14 @@ def host_core(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     if shutil.which(compiler[0]) is None or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
     target = tmp_path_factory.mktemp("cuda_on_host") / "_cuda.so"
-    sources = [ROOT / "tests" / "cuda_on_host.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
-    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    sources = [ROOT / "tests" / "cuda_on_host.cpp"]
+    sources += [ROOT / "csrc" / "cuda" / "launch.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
+    includes = [
+        ROOT / "csrc",
+        ROOT / "tests" / "cuda_runtime",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ]
     flags = ["-shared", "-fPIC", "-std=c++17", "-O1", "-ffp-contract=off", "-fvisibility=hidden"]
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error", "-Wall", "-Wextra"]
     if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
@@ -93,7 +99,7 @@ def usable() -> Iterator[None]:
 def fields(**changes: int) -> dict[str, int]:
     """What the core is told of a bound stage with one row of no groups."""
     names = "state network e history slots m copies bank entries scalars scalar_columns seeds terms"
-    names += " extras products measures stage_index offset row_index device"
+    names += " extras products measures stage_index offset row_index device own_table"
     own = dict.fromkeys(names.split(), 0)
     own |= {"batch": 2, "size": 4, "x": 1 << 20, "bank_batch": 1, "table": 4096, "rows": 1}
     own |= {"branches": 1, "width": Layout().width, "fault": 8192, "scale": 16384}
