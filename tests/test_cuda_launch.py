@@ -32,10 +32,13 @@ class Machine:
         self.library = ctypes.CDLL(path)
         self.library.launch_at.restype = ctypes.c_char_p
 
-    def be(self, *capabilities: int, driver: int = 13000, least: int = 80) -> None:
-        """Devices of these compute capabilities times 10, kernels for `least` and newer."""
+    def be(
+        self, *capabilities: int, driver: int = 13000, least: int = 80, most: int = 100
+    ) -> None:
+        """Devices of these compute capabilities times 10, kernels for `least` and newer, compiled
+        for an architecture of at most `most`."""
         array = (ctypes.c_int * len(capabilities))(*capabilities)
-        self.library.machine_of(array, len(capabilities), driver, least)
+        self.library.machine_of(array, len(capabilities), driver, least, most)
 
     def launches(self) -> list[str]:
         return [self.library.launch_at(i).decode() for i in range(self.library.launch_count())]
@@ -196,6 +199,13 @@ def test_devices_and_drivers_without_early_launches_launch_plainly(
     machine.be(*[90] * number, capability, driver=driver)
     run_on(host_core, number, own_table=1)
     assert machine.launches() == [f"device {number}, blocks 1 of 256"]
+
+
+def test_kernels_from_the_ptx_of_an_older_architecture_do_not_start_early(host_core, machine):
+    """They have no instruction that waits for the kernel ahead."""
+    machine.be(*[90] * 8, most=86)
+    run_on(host_core, 7, own_table=1)
+    assert machine.launches() == ["device 7, blocks 1 of 256"]
 
 
 def test_the_kernels_of_a_device_are_told_or_none(host_core, machine):

@@ -58,16 +58,20 @@ cudaError_t blocks_for(Kernel& kernel, int device, int64_t wanted, unsigned* blo
 }
 
 // Whether a device and its driver let a kernel begin before the one ahead in its stream has ended,
-// in a capture too: compute capability 9.0, CUDA 12.3.
-bool overlaps_launches(int device) {
+// in a capture too: compute capability 9.0, CUDA 12.3. Kernels made from the PTX of an older
+// architecture run there and do not wait for the one ahead (`await_predecessors`), so that they may
+// not begin early.
+bool overlaps_launches(const Kernel& kernel, int device) {
     static std::atomic<int> known[kMaxDevices];  // 0: not asked yet, 1: no, 2: yes
     int answer = device < kMaxDevices ? known[device].load() : 0;
     if (answer == 0) {
         int major = 0, driver = 0;
+        cudaFuncAttributes compiled{};
         const bool asked = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
                                                   device) == cudaSuccess &&
-                           cudaDriverGetVersion(&driver) == cudaSuccess;
-        answer = asked && major >= 9 && driver >= 12030 ? 2 : 1;
+                           cudaDriverGetVersion(&driver) == cudaSuccess &&
+                           cudaFuncGetAttributes(&compiled, kernel.function) == cudaSuccess;
+        answer = asked && major >= 9 && driver >= 12030 && compiled.ptxVersion >= 90 ? 2 : 1;
         if (device < kMaxDevices) known[device].store(answer);
     }
     return answer == 2;
@@ -89,7 +93,7 @@ Outcome launch(Kernel& kernel, int64_t wanted, bool early, int device, void* str
     config.blockDim = dim3(static_cast<unsigned>(kernel.threads));
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
-    config.numAttrs = early && overlaps_launches(device) ? 1 : 0;
+    config.numAttrs = early && overlaps_launches(kernel, device) ? 1 : 0;
     return outcome(cudaLaunchKernelExC(&config, kernel.function, arguments));
 }
 

@@ -40,12 +40,14 @@ struct cudaLaunchConfig_t {
 struct cudaFuncAttributes {
     int numRegs;
     size_t localSizeBytes, sharedSizeBytes;
+    int ptxVersion;
 };
 
-// The machine: `capability` of each device; those below `least` have no kernel.
+// The machine: `capability` of each device; those below `least` have no kernel. Kernels are compiled
+// for an architecture of at most `most`.
 struct Machine {
     std::vector<int> capability = {90};
-    int current = 0, driver = 13000, least = 80;
+    int current = 0, driver = 13000, least = 80, most = 100;
     cudaError_t last = cudaSuccess;
     std::vector<std::string> launches;
 
@@ -59,11 +61,12 @@ inline Machine machine;
 
 #define FASTDIFF_EXPORT extern "C" inline __attribute__((used, visibility("default")))
 // Makes a machine of `count` devices, by their compute capability times 10.
-FASTDIFF_EXPORT void machine_of(const int* capability, int count, int driver, int least) {
+FASTDIFF_EXPORT void machine_of(const int* capability, int count, int driver, int least, int most) {
     machine = Machine{};
     machine.capability.assign(capability, capability + count);
     machine.driver = driver;
     machine.least = least;
+    machine.most = most;
 }
 FASTDIFF_EXPORT int launch_count() { return static_cast<int>(machine.launches.size()); }
 FASTDIFF_EXPORT const char* launch_at(int i) {
@@ -105,7 +108,8 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
     return machine.runs(machine.current);
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    *attributes = {61, 0, 1248};
+    const int capability = machine.capability.at(static_cast<size_t>(machine.current));
+    *attributes = {61, 0, 1248, capability < machine.most ? capability : machine.most};
     return machine.runs(machine.current);
 }
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
