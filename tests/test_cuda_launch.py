@@ -32,9 +32,7 @@ class Machine:
         self.library = ctypes.CDLL(path)
         self.library.launch_at.restype = ctypes.c_char_p
 
-    def be(
-        self, *capabilities: int, driver: int = 13000, least: int = 80, most: int = 100
-    ) -> None:
+    def be(self, *capabilities: int, driver: int = 13000, least: int = 80, most: int = 100) -> None:
         """Devices of these compute capabilities times 10, kernels for `least` and newer, compiled
         for an architecture of at most `most`."""
         array = (ctypes.c_int * len(capabilities))(*capabilities)

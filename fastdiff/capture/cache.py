@@ -31,7 +31,7 @@ import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,17 +107,9 @@ class Captures:
         with self._order:
             return self._replayed.follow()
 
-    @contextlib.contextmanager
-    def turn(self, entry: Entry) -> Iterator[None]:
+    def turn(self, entry: Entry) -> contextlib.AbstractContextManager[None]:
         """A scope in which the caller alone fills an entry, launches it and copies the result."""
-        with entry.lock:
-            self.follow()
-            try:
-                yield
-            finally:
-                stream = self.follow()  # who comes next also waits for what was copied out
-                if entry.use is not None:
-                    entry.use.used(stream)
+        return _Turn(self, entry)
 
     def stats(self) -> Stats:
         return Stats(
@@ -330,6 +322,31 @@ class Captures:
             self._pool_bytes.pop(pool, None)  # a pool's memory goes back with its last graph
         if all(entry.keeps for entry in self._entries.values()):
             self._pool = None
+
+
+class _Turn(contextlib.AbstractContextManager[None]):
+    """See `Captures.turn`; a class, since a generator takes longer in every replay."""
+
+    __slots__ = ("_captures", "_entry")
+
+    def __init__(self, captures: Captures, entry: Entry) -> None:
+        self._captures, self._entry = captures, entry
+
+    def __enter__(self) -> None:
+        self._entry.lock.acquire()
+        try:
+            self._captures.follow()
+        except BaseException:
+            self._entry.lock.release()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            stream = self._captures.follow()  # who comes next also waits for what was copied out
+            if self._entry.use is not None:
+                self._entry.use.used(stream)
+        finally:
+            self._entry.lock.release()
 
 
 def check_outside(device: torch.device, what: str) -> None:

@@ -85,14 +85,14 @@ class LoopCaptures:
         Raises:
             ValueError: A named mode does not serve this device or this call.
         """
-        graph = self._graph
+        graph, known = self._graph, device.type in CAPTURERS
+        if graph is None or (graph.mode == "auto" and not known):
+            return None
         # a run inside another graph becomes part of it; a thread that autograd calls must not wait
         # for a capture, which may be waiting for that thread
-        if graph is None or capturing(device) or in_backward():
+        if capturing(device) or in_backward():
             return None
-        if device.type not in CAPTURERS:
-            if graph.mode == "auto":
-                return None
+        if not known:
             raise ValueError(
                 f"sample: graphs are captured on {', '.join(CAPTURERS)}; got x on {device} and "
                 f"graph={graph.mode!r}. Move x and the network there, or use graph=None."

@@ -152,8 +152,9 @@ _SIZES = ("rows", "stages", "slots")
 
 def holds(held: Spec, needed: Spec) -> bool:
     """Whether the registers of stages captured one by one have room for another plan."""
-    return held.layout.holds(needed.layout) and all(
-        getattr(held, name) >= getattr(needed, name) for name in _SIZES
+    return held is needed or (
+        held.layout.holds(needed.layout)
+        and all(getattr(held, name) >= getattr(needed, name) for name in _SIZES)
     )
 
 

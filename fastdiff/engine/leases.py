@@ -11,7 +11,7 @@ from typing import Any
 
 from .recordings import Recording, ours
 from .run import Run, Spec
-from .streams import capture_of
+from .streams import Use, capture_of
 
 _IDLE = 8  # runs of one spec that are kept for calls at the same time
 _SPECS = 4  # specs whose runs are kept, so that calls of a few shapes may alternate
@@ -124,9 +124,8 @@ class Leases:
 
 def _nearest(idle: list[Run]) -> Run | None:
     """Takes out a run that the current stream used last, or else one that it can wait for."""
-    near = (run for run in reversed(idle) if run.use.here())
-    far = (run for run in reversed(idle) if run.use.reachable())
-    run = next(near, None) or next(far, None)
-    if run is not None:
-        idle.remove(run)
-    return run
+    for fits in (Use.here, Use.reachable):
+        for place in range(len(idle) - 1, -1, -1):
+            if fits(idle[place].use):
+                return idle.pop(place)
+    return None
