@@ -190,6 +190,24 @@ def test_memory_of_one_stream_is_given_back_without_a_wait(recorder, made):
     assert recorder.waits == []
 
 
+def test_a_forked_process_leaves_the_streams_of_its_parent_alone(recorder, monkeypatch):
+    """CUDA cannot be asked for anything there."""
+    held = [streams.Use(torch.device("cpu")) for _ in range(2)]
+    with recorder.on("stream 1"):
+        for use in held:
+            use.follow()
+    held[0].end(None)
+    assert recorder.waits == [("stream 0", "stream 1")]
+    monkeypatch.setattr(streams, "_forks", streams._forks)  # put back afterwards
+    streams._forked()
+    held[1].end(None)
+    with recorder.on("stream 1"):
+        own = streams.Use(torch.device("cpu"))
+    own.follow()
+    own.end(None)
+    assert recorder.waits[1:] == [("stream 1", "stream 0")]
+
+
 @pytest.mark.parametrize("recorded", ["stream 0", "stream 1", "stream 2"])
 def test_memory_that_ends_while_somebody_records_is_kept_until_he_is_done(recorded, recorder, made):
     """A wait would tear one of its streams into the recording, or break it."""

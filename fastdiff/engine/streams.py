@@ -9,6 +9,7 @@ still in flight would read what somebody else has written there.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import deque
 from collections.abc import Hashable
@@ -87,6 +88,7 @@ class Use:
         self._streams = STREAMS.get(device.type)
         self._homes: list[Any] = []
         self._last: Any = None
+        self._process = _forks
         self.allotted()
 
     def allotted(self) -> None:
@@ -155,6 +157,8 @@ class Use:
         """
         if self._streams is None or self._last is None or sys.is_finalizing():
             return
+        if self._process != _forks:  # the memory is the parent's, and its device out of reach
+            return
         homes = [home for home in self._homes if home != self._last]
         if homes:
             grave = (self._streams, self._device, homes, self._last, held)
@@ -166,6 +170,19 @@ _Grave = tuple[Streams, torch.device, list[Any], Any, Any]
 # What ended while a stream of it was recorded. A finalizer may run at any line of any thread, so
 # that this is a queue without a lock.
 _waiting: deque[_Grave] = deque()
+
+
+_forks = 0  # that lie between the first process and this one
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+    _waiting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def settle() -> None:
