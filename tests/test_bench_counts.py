@@ -21,6 +21,16 @@ def test_operations_are_counted_without_views():
     assert counts.Count(None).values() == {}
 
 
+def test_a_profiler_that_counts_launches_warns_of_nothing(monkeypatch):
+    """As PyTorch does, once a process, where events are not kept."""
+    monkeypatch.setattr(torch.profiler.profiler, "_WARNINGS_SHOWN", set(), raising=False)
+    monkeypatch.setattr(
+        counts, "ProfilerActivity", types.SimpleNamespace(CUDA=torch.profiler.ProfilerActivity.CPU)
+    )
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert counts.profiled(lambda: torch.ones(3).add_(1)) == []  # no kernels of a device
+
+
 def test_kernels_of_the_cuda_part_are_found_by_what_a_profiler_calls_them(monkeypatch):
     table = [
         ("stage_shared float32 float32", 40, 0, 0, 256, 4),

@@ -2,12 +2,12 @@
 """What a profiler shows of a run, and that nothing is recorded where none is on."""
 
 import contextlib
-import inspect
 
 import pytest
 import torch
 from support.captures import network, plan_of
 from support.core import BACKENDS, needs_core
+from support.profilers import profiled
 from torch.autograd import profiler
 
 import fastdiff as fd
@@ -16,17 +16,9 @@ from fastdiff.engine import loops, ranges
 X = torch.zeros(3, 5)
 
 
-def profiled():
-    """A profiler that keeps its events where PyTorch would warn that it clears them."""
-    options = {"activities": [torch.profiler.ProfilerActivity.CPU]}
-    if "acc_events" in inspect.signature(torch.profiler.profile).parameters:
-        options["acc_events"] = True
-    return torch.profiler.profile(**options)
-
-
 def ranges_of(call):
     """The names of a call's ranges in order, each with the name of the range that it stands in."""
-    with profiled() as profile:
+    with profiled(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     ours = [e for e in profile.events() if e.name.startswith("fastdiff: ")]
     ours.sort(key=lambda e: e.time_range.start)
@@ -59,7 +51,7 @@ def test_what_the_network_does_stands_in_its_range():
             return network(x, t)
 
     sampler = fd.Sampler(net, plan_of("ddim", 2))
-    with profiled() as profile:
+    with profiled(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         sampler(X)
     inside = [e for e in profile.events() if e.name == "inside"]
     assert [e.cpu_parent.name for e in inside] == ["fastdiff: network 0", "fastdiff: network 1"]
@@ -170,7 +162,7 @@ def test_without_a_profiler_the_plain_loop_runs(monkeypatch):
 @pytest.mark.parametrize("scope", ["profile", "emit_itt"])
 def test_every_profiler_of_pytorch_is_seen(scope):
     assert not ranges.profiling()
-    kinds = {"profile": torch.profiler.profile, "emit_itt": profiler.emit_itt}
+    kinds = {"profile": profiled, "emit_itt": profiler.emit_itt}
     if scope == "emit_itt" and not torch.profiler.itt.is_available():
         pytest.skip("this PyTorch is built without ITT")
     with kinds[scope]():

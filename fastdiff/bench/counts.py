@@ -7,6 +7,7 @@ Counting goes through a profiler, which slows what runs under it: it comes after
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -99,7 +100,10 @@ class Operations(TorchDispatchMode):
 
 def profiled(run: Callable[[], Any]) -> list[str]:
     """The names of the kernels that a run launched, in their order; none where none were seen."""
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    options: dict[str, Any] = {"activities": [ProfilerActivity.CUDA]}
+    if "acc_events" in inspect.signature(profile).parameters:
+        options["acc_events"] = True  # without it PyTorch warns of a second cycle, which is not run
+    with profile(**options) as seen:
         run()
         torch.cuda.synchronize()
     events = [e for e in seen.events() if e.device_type.name == "CUDA"]

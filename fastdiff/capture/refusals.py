@@ -80,9 +80,9 @@ _RULES = (
     (
         ("legacy stream", "wrong thread", "capturing stream", "isolat"),
         "a captured network launches on the current stream alone",
-        "Look for streams and threads of its own, for kernels launched without a stream, and with a "
-        "gradient for a loss that reads the same parameters and is alive: PyTorch has them on the "
-        "stream of that loss",
+        "Look for streams and threads of its own, for kernels launched without a stream, and where "
+        "a gradient is captured for another loss of the same parameters that is alive: PyTorch has "
+        "them on the stream of that loss",
     ),
     (
         ("operation not permitted when stream is capturing", "streamcapture", "capture"),
