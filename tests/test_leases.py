@@ -17,7 +17,7 @@ import fastdiff as fd
 from fastdiff.engine import driver, streams
 from fastdiff.engine.job import job_of
 from fastdiff.engine.leases import Leases
-from fastdiff.engine.recordings import one_capture
+from fastdiff.engine.recordings import check_seeds, one_capture
 from fastdiff.engine.run import Run
 from fastdiff.guidance import UNGUIDED
 
@@ -296,6 +296,10 @@ def test_seeds_of_a_recording_lie_on_the_device(recorder):
     assert torch.equal(sampler(x, seed=4), expected)
     with recorder.recording("stream 0", "his"):
         assert torch.equal(sampler(x, seed=seeds), expected)
+        check_seeds(torch.device("cpu"), seeds)
+        with pytest.raises(RuntimeError, match=r"on the device.*got seed=a tensor on meta\."):
+            check_seeds(torch.device("cpu"), seeds.to("meta"))  # who is elsewhere is copied
+    check_seeds(torch.device("cpu"), seeds.to("meta"))
 
 
 @pytest.mark.parametrize("change", ["cold", "twice", "plan"])

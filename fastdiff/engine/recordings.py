@@ -113,8 +113,12 @@ def check_coefficients(device: torch.device) -> None:
 
 def check_seeds(device: torch.device, seed: Any) -> None:
     """Raises where seeds would be copied to a device while somebody records a graph."""
-    if not isinstance(seed, torch.Tensor) and _others(device):
+    placed = isinstance(seed, torch.Tensor)
+    if placed and seed.device == device:
+        return
+    if _others(device):
+        got = f"a tensor on {seed.device}" if placed else repr(seed)
         raise RuntimeError(
             "sample: inside a graph that you record, seeds are an int64 tensor on the device, one "
-            f"a sample, which every replay reads; got seed={seed!r}. Make it before the recording."
+            f"a sample, which every replay reads; got seed={got}. Make it before the recording."
         )
