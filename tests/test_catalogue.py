@@ -232,7 +232,7 @@ def test_a_bank_that_all_samples_share_is_kept_once(backend):
     assert run.spec.bank_batch == 3
     for shared in (bank, [extra[0] for extra in bank], [bank[0][0], *bank[1:]]):
         assert torch.equal(sampler(x, extras=shared), wanted)
-        ((run,),) = sampler._leases._idle.values()
+        _, (run,) = sampler._leases._idle.values()  # the spec of the first call is kept too
         assert run.registers.bank.shape == (3, 1, *SHAPE[1:])
     scalar = sampler(x, extras=[1.0, torch.tensor(0.5), bank[2]])
     wanted = sampler(x, extras=[torch.ones(SHAPE), torch.full(SHAPE, 0.5), bank[2]])
