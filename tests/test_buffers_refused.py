@@ -133,7 +133,13 @@ def test_buffers_that_were_moved_or_replaced_are_refused():
     def replace(buffers):
         buffers.cond["held"].y = torch.zeros(5)
 
-    for change in (move_x, move_cond, replace):
+    def shrink_x(buffers):
+        buffers.x.resize_(2, 5)
+
+    def shrink_cond(buffers):
+        buffers.cond["y"].resize_(2)
+
+    for change in (move_x, move_cond, replace, shrink_x, shrink_cond):
         buffers = made()
         change(buffers)
         with pytest.raises(RuntimeError, match=r"stay where they lie.*Write into it"):
