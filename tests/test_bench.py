@@ -270,6 +270,7 @@ def test_noise_that_differs_by_a_bit_is_not_timed(monkeypatch):
         (["loop", "--dtype", "float32/float16"], "'float32/float16' is not one of"),
         (["noise", "--dtype", "float16"], "'float16' is not one of float32, float64."),
         (["stage", "--terms", "0"], "ranges grow, from 1 on"),
+        (["stage", "--terms", "1,101"], "the list ends at 100"),
         (["stage", "--noise", "much"], "'much' is not one of"),
         (["loop", "--branches", "3"], "1 or 2 is allowed; got 3."),
         (["loop", "--network", "unet"], "'unet' is not one of null, mlp."),
@@ -297,7 +298,10 @@ def test_a_wrong_command_exits_2_and_says_what_is_allowed(arguments, said):
         (["loop", "--size", "1000000000GiB"], "Take a smaller one."),
         (["noise", "--size", "1000000000GiB"], "Take a smaller one."),
         (["loop", "--network", "mlp", "--size", "4KiB,2x3x4"], "BxA such as 64x16; got [2,3,4]"),
-        (["gradient", "--size", "1x1000000"], "up to 16384 numbers"),
+        (["gradient", "--size", "1x1000000"], "got [1,1000000]. Give another size."),
+        (["gradient", "--size", "999999999999x16"], "Take a smaller one."),
+        (["loop", "--network", "mlp", "--size", "99999999999x1"], "Take a smaller one."),
+        (["stage", "--backend", "torch,cpu", "--branches", "17"], "up to 16 branches; got 17"),
         (["stage", "--plan", "none.json"], "none.json cannot be read"),
         (["stage", "--plan", "wrong.json"], "wrong.json"),
         (["loop", "--plan", "wrong.json"], "wrong.json"),
@@ -306,7 +310,8 @@ def test_a_wrong_command_exits_2_and_says_what_is_allowed(arguments, said):
         (["gradient", "--plan", "bank.json"], "got one that reads 1 tensors of the caller's"),
         (["stage", "--json", "no/such/r.jsonl"], "--json: the folder no/such does not exist"),
         (["stage", "--json", "wrong.json"], "--json: wrong.json holds results"),
-        (["stage", "--json", "folder"], "--json: a file is needed; got folder"),
+        (["stage", "--json", "folder"], "--json: a file is needed; got the folder folder."),
+        (["stage", "--json", "/proc/r.jsonl"], "--json: /proc/r.jsonl cannot be written"),
         (["stage", "--plot", "no/such/r.png"], "--plot: the folder no/such does not exist"),
     ],
 )
@@ -324,6 +329,25 @@ def test_what_cannot_be_measured_is_said_before_anything_is_timed(arguments, sai
     assert line.startswith("error: ")
     assert said in line
     assert done.stdout == ""
+
+
+def test_what_one_backend_does_not_serve_is_timed_on_the_others():
+    done = run("stage", *ONCE, "--size", "4KiB", "--branches", "17", "--terms", "100")
+    _, table = cells_of(done.stdout)
+    assert [row[2] for row in table] == ["copy_", "fastdiff torch"]
+    assert rows.Case(rows.MOST_OUTPUTS).bytes(1) == 4 * (rows.MOST_OUTPUTS + 3)
+    assert min(map(abs, rows.weights_of(rows.MOST_OUTPUTS))) > torch.finfo(torch.float32).tiny
+
+
+def test_who_breaks_off_sees_what_was_measured(monkeypatch):
+    def broken_off(counting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "count", broken_off)
+    done = run("stage", *ONCE, "--size", "4KiB", "--backend", "torch", "--plot", "r.png", code=1)
+    _, table = cells_of(done.stdout)
+    assert [row[2] for row in table] == ["copy_", "fastdiff torch"]
+    assert not Path("r.png").exists()
 
 
 def test_an_interpreter_is_not_timed(monkeypatch):
