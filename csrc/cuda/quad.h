@@ -16,6 +16,31 @@ struct alignas(sizeof(E) == 2 ? 8 : 16) Four {
     E v[4];
 };
 
+// In one access of 16 bytes (8 for two-byte types), or in two. Said in PTX: from C++ ptxas makes
+// four of it in some places, and a cast to `float4` changes nothing. "memory": what is read before
+// it in the source is read before it.
+template <class E>
+FASTDIFF_HD void store(E* p, const Four<E>& from) {
+#if defined(__CUDA_ARCH__)
+    const size_t at = __cvta_generic_to_global(p);
+    if constexpr (sizeof(E) == 2) {
+        asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};" ::"l"(at), "h"(from.v[0].bits),
+                     "h"(from.v[1].bits), "h"(from.v[2].bits), "h"(from.v[3].bits)
+                     : "memory");
+    } else if constexpr (sizeof(E) == 4) {
+        asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(from.v[0]),
+                     "f"(from.v[1]), "f"(from.v[2]), "f"(from.v[3])
+                     : "memory");
+    } else {
+        asm volatile("st.global.v2.f64 [%0], {%1, %2};\n\tst.global.v2.f64 [%0 + 16], {%3, %4};" ::
+                         "l"(at), "d"(from.v[0]), "d"(from.v[1]), "d"(from.v[2]), "d"(from.v[3])
+                     : "memory");
+    }
+#else
+    *reinterpret_cast<Four<E>*>(p) = from;
+#endif
+}
+
 // Where a quad stands. kWide: it is whole and every address allows `Four`.
 template <bool kWide, class R, class S>
 struct Quad {
@@ -50,7 +75,7 @@ struct Quad {
         Four<E> four;
         for (int l = 0; l < 4; ++l) narrow(v.v[l], four.v[l]);
         if (kWide) {
-            *reinterpret_cast<Four<E>*>(p) = four;
+            store(p, four);
         } else {
             for (int l = 0; l < 4; ++l) {
                 if (l < count) p[l] = four.v[l];

@@ -134,7 +134,7 @@ FASTDIFF_HD void normal_thread(const Normals& n, bool wide, int64_t thread, int6
         Four<Z> four;
         for (int l = 0; l < 4; ++l) four.v[l] = static_cast<Z>(normals[l]);
         if (wide) {
-            *reinterpret_cast<Four<Z>*>(at) = four;
+            store(at, four);
         } else {
             for (int l = 0; l < 4; ++l) {
                 if (l < count) at[l] = four.v[l];
