@@ -41,15 +41,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
     const int64_t units = l.args.batch * chunks;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-    int64_t resolved = -1;  // never a row of the table
+    __shared__ int64_t resolved[kWarps];  // not in registers, of which there is none to spare
+    if (lane == 0) resolved[warp] = -1;   // never a row of the table
+    __syncwarp();
     for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < units; u += stride) {
         const int64_t b = divide(u, chunks), index = row_of(l, b);
-        if (index != resolved || index < 0) {
+        if (index != resolved[warp] || index < 0) {
             __syncwarp();
             const bool grown = __any_sync(0xFFFFFFFFu, at.fetch(l, index, lane, kWarp));
             if (lane == 0) at.resolve(l, index, grown);
+            if (lane == 0) resolved[warp] = index;
             __syncwarp();
-            resolved = index;
         }
         if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
     }

@@ -41,14 +41,24 @@ FASTDIFF_HD void store(E* p, const Four<E>& from) {
 #endif
 }
 
-// Where a quad stands. kWide: it is whole and every address allows `Four`.
-template <bool kWide, class R, class S>
+// v: what follows from it is made where it is wanted, not before a loop and kept in registers.
+FASTDIFF_HD int64_t again(int64_t v) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(v));
+#endif
+    return v;
+}
+
+// Where a quad stands. kWide: it is whole and every address allows `Four`. kAhead: what most rows
+// read is loaded before any arithmetic, which takes registers.
+template <bool kWide, bool kAhead, class R, class S>
 struct Quad {
     using T = typename R::Number;
     struct V {
         T v[4];
     };
     static constexpr bool kNoiseFirst = true, kThresholds = true;
+    static constexpr int kOutputs = kAhead ? 2 : 0, kTerms = kAhead ? 3 : 0;
     const StageArgs& a;
     const R& row;
     int64_t i;  // its first element in a register
@@ -124,7 +134,7 @@ struct Quad {
     }
     // In a bank that all samples share an element stands where it does in the sample.
     FASTDIFF_HD V entry(int k) const {
-        const int64_t at = k * a.bank_batch * a.size + (a.bank_shared() ? 4 * q : i);
+        const int64_t at = k * a.bank_batch * a.size + (a.bank_shared() ? 4 * again(q) : i);
         return read(static_cast<const T*>(a.bank) + at);
     }
     FASTDIFF_HD V extra(int k) const { return entry(row.extra[k].source); }
@@ -162,9 +172,9 @@ struct Quad {
 };
 
 // The quad q of sample b, of `count` elements.
-template <bool kWide, class R, class S>
-FASTDIFF_HD Quad<kWide, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
-                                      uint64_t seed, int count) {
+template <bool kWide, bool kAhead, class R, class S>
+FASTDIFF_HD Quad<kWide, kAhead, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
+                                              uint64_t seed, int count) {
     using T = typename R::Number;
     const StageArgs& a = l.args;
     const T* scalars = nullptr;

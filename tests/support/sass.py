@@ -50,12 +50,13 @@ def compiled(source: str, arch: str, folder: Path) -> Path:
 
 
 def some_kernels(kernels: Iterable[str] = SOME) -> str:
-    """csrc/cuda/kernels.cu without its launchers, and with these kernels alone."""
-    source = (ROOT / "csrc" / "cuda" / "kernels.cu").read_text()
-    source, found, _ = source.partition("// -- launchers")
-    assert found
+    """csrc/cuda/kernels.cu up to the section after its kernels, and with these kernels alone."""
+    sections = (ROOT / "csrc" / "cuda" / "kernels.cu").read_text().split("// -- ")
+    assert sections[1].startswith("kernels ")
+    source = "// -- ".join(sections[:2]).replace("namespace {", "", 1)
+    source = source.replace("}  // namespace\n", "")
     lines = [f"template __global__ void {k}(const __grid_constant__ Launch);" for k in kernels]
-    return "\n".join([source.replace("namespace {", "", 1), *lines, "}"])
+    return "\n".join([source, *lines, "}"])
 
 
 def module_with(arch: str, folder: Path) -> Path | None:
@@ -142,6 +143,23 @@ def blocks(code: list[Instruction]) -> Iterator[list[Instruction]]:
         block.append(i)
     if block:
         yield block
+
+
+def loads_in_flight(code: list[Instruction]) -> int:
+    """The most loads of 16 bytes of a thread that stand before the first use of any of them.
+
+    Counted along the code as it stands: where branches pass over a load, those of a row that takes
+    none of the branches.
+    """
+    most, pending = 0, []
+    for i in code:
+        at = 0 if i.name in {"STG", "STS", "ISETP", "FSETP"} else 1
+        used = set(re.findall(r"\bR\d+\b", " ".join(i.operands[at:])))
+        if (i.jumps and i.name != "BRA") or used & {r for load in pending for r in load.written}:
+            most, pending = max(most, len(pending)), []
+        if re.match(r"LDG\.E(\.\w+)*\.128", i.code):
+            pending.append(i)
+    return most
 
 
 def split_quads(code: list[Instruction], name: str) -> list[Instruction]:
