@@ -38,13 +38,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     __shared__ Resolved<R> each[kWarps];
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     Resolved<R>& at = each[warp];
-    const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
-    const int64_t units = l.args.batch * chunks;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-    __shared__ int64_t resolved[kWarps];  // not in registers, of which there is none to spare
-    if (lane == 0) resolved[warp] = -1;   // never a row of the table
+    // Where a warp stands is not kept in registers, of which there is none to spare.
+    __shared__ int64_t resolved[kWarps], unit[kWarps];
+    if (lane == 0) resolved[warp] = -1;  // never a row of the table
+    if (lane == 0) unit[warp] = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
     __syncwarp();
-    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + warp; u < units; u += stride) {
+    while (true) {
+        reread();
+        const int64_t u = unit[warp], chunks = (quads_of(again(l.args.size)) + kChunk - 1) / kChunk;
+        if (u >= l.args.batch * chunks) break;
         const int64_t b = divide(u, chunks), index = row_of(l, b);
         if (index != resolved[warp] || index < 0) {
             __syncwarp();
@@ -54,6 +56,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
             __syncwarp();
         }
         if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
+        __syncwarp();
+        if (lane == 0) unit[warp] += static_cast<int64_t>(gridDim.x) * kWarps;
+        __syncwarp();
     }
 }
 

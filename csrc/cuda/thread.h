@@ -79,12 +79,12 @@ FASTDIFF_HD void chunk_quads(const Launch& launch, const R& row, int64_t b, int6
                              int lane, int lanes) {
     const StageArgs& a = launch.args;
     const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
-    const int64_t quads = quads_of(a.size), end = (c + 1) * kChunk;
-    const int64_t last = quads < end ? quads : end;
-    for (int64_t q = c * kChunk + lane; q < last; q += lanes) {
+    for (int64_t q = c * kChunk + lane; q < quads_of(again(a.size));) {
         reread();
         const int count = a.size - 4 * q < 4 ? static_cast<int>(a.size - 4 * q) : 4;
         update<kHasE>(row, quad_at<kWide, false, R, S>(launch, row, b, q, seed, count));
+        q += lanes;
+        if (q % kChunk < lanes) break;  // the next chunk's: no register holds the end of this one
     }
 }
 
