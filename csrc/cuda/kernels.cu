@@ -44,16 +44,17 @@ template <class R, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_samples(const __grid_constant__ Launch l) {
     __shared__ Resolved<R> each[kWarps];
-    __shared__ int64_t resolved[kWarps];  // which row each holds: no register is left for it
-    if (threadIdx.x < kWarps) resolved[threadIdx.x] = -1;  // never a row of the table
-    __syncthreads();
-    const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
-    const int64_t units = l.args.batch * chunks;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; u < units;
-         u += stride) {
-        const int thread = thread_anew(), warp = thread / kWarp, lane = thread % kWarp;
-        Resolved<R>& at = each[warp];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    Resolved<R>& at = each[warp];
+    // Where a warp stands is not kept in registers, of which there is none to spare.
+    __shared__ int64_t resolved[kWarps], unit[kWarps];
+    if (lane == 0) resolved[warp] = -1;  // never a row of the table
+    if (lane == 0) unit[warp] = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+    __syncwarp();
+    while (true) {
+        reread();
+        const int64_t u = unit[warp], chunks = (quads_of(again(l.args.size)) + kChunk - 1) / kChunk;
+        if (u >= l.args.batch * chunks) break;
         const int64_t b = divide(u, chunks), index = row_of(l, b);
         if (index != resolved[warp] || index < 0) {
             __syncwarp();
@@ -64,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
             __syncwarp();
         }
         if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
+        __syncwarp();
+        if (lane == 0) unit[warp] += static_cast<int64_t>(gridDim.x) * kWarps;
+        __syncwarp();
     }
 }
 
