@@ -231,6 +231,13 @@ def test_inside_another_recording_or_compilation_buffers_are_refused(monkeypatch
         compiled()
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of what it leaves alone
+def test_a_run_leaves_a_graph_of_the_compilers():
+    buffers = fd.Sampler(network, PLAN, graph=None).buffers(LIKE)
+    compiled = torch.compile(lambda: buffers.run() + 1.0, backend="eager")
+    assert torch.equal(compiled(), fd.sample(network, LIKE, PLAN) + 1.0)
+
+
 @pytest.mark.filterwarnings("ignore")  # torch.jit's own
 def test_a_trace_of_a_run_is_refused():
     buffers = fd.Sampler(network, PLAN).buffers(LIKE)
