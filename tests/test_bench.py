@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastdiff bench`: what it refuses, what it times and counts, and what it leaves behind."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from support.core import needs_core
 
 import fastdiff as fd
 from fastdiff.bench import (
@@ -179,6 +181,29 @@ def test_the_roof_is_the_copy_that_shares_are_of():
         roofline.roof([])
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_shares_are_of_the_best_copy_and_of_the_median_one(large, monkeypatch):
+    """Of the same size, or of one large copy in the same run."""
+    case, shape = rows.Case(1), (1, 1000)  # moves 3 registers of 4000 bytes
+
+    def turns(rivals, *rest):
+        made = {"copy_": (1e-6, 2e-6), "fastdiff torch": (3e-6, 8e-6)}
+        found = {
+            name: timing.Timing(best, best, median, median, 1)
+            for name, (best, median) in made.items()
+        }
+        return {name: (found[name], found[name]) for name in rivals}
+
+    monkeypatch.setattr(stages, "take_turns", turns)
+    monkeypatch.setattr(stages, "large_from", lambda place: 0 if large else 10**9)
+    cell = stages.Cell(case, shape, CPU)
+    kept = stages.measure(cell, cell.makers(("torch",)), SETTING, lambda: (16e9, 2e9), [])
+    line = {r["rival"]: r for r in kept}["fastdiff torch"]
+    assert (line["bandwidth"], line["bandwidth_median"]) == (4.0, 1.5)
+    shares = (4 / 8, 1.5 / 4) if large else (4 / 16, 1.5 / 2)
+    assert (line["share"], line["share_median"]) == shares
+
+
 def test_results_are_added_to_a_file_and_replaced_there():
     for commit in ("a", "a", "b"):
         given = ("--size", "4KiB", "--backend", "torch", "--json", "r.jsonl")
@@ -223,6 +248,18 @@ def test_a_wrong_run_is_not_timed(name, monkeypatch):
     done = run(name, *ONCE, "--size", "2x16", "--steps", 2, "--backend", "torch", code=1)
     assert "Nothing was timed" in done.stdout
     assert "1 gates stayed shut" in done.stderr
+
+
+@needs_core
+def test_the_gate_holds_compiled_backends_to_the_bit(monkeypatch):
+    """The reference, which agrees to its rounding alone, under another backend's name."""
+    real = fd.backends.get
+    for served, refused in (("cpu", None), ("torch", "elements that differ from cpu's")):
+        monkeypatch.setattr(
+            fd.backends, "get", lambda name, as_=served: real(as_ if name == "cuda" else name)
+        )
+        with pytest.raises(GateError, match=refused) if refused else contextlib.nullcontext():
+            stages.gate(rows.Case(3), CPU, names=("cuda",))
 
 
 @pytest.mark.parametrize("state", [torch.float64, torch.bfloat16, torch.float16])
