@@ -474,7 +474,9 @@ def test_an_installed_package_has_a_version_and_no_commit(monkeypatch, tmp_path)
     elsewhere = tmp_path / "site-packages" / "machine.py"
     elsewhere.parent.mkdir()
     elsewhere.touch()
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's tree
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for given in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "somebody else's"]):
+        subprocess.run([*git, *given], check=True)
     monkeypatch.setattr(machine, "__file__", str(elsewhere))
     machine.commit.cache_clear()
     try:
