@@ -10,7 +10,8 @@ over goes to the benchmarks after it. All of it ends within 10 minutes (`full`) 
 Whatever ends the check, what was found until then is on the disk: the log with the traceback of
 every failure, printed when it happens (`gpu-check.log`), a line for every row (`stage.jsonl`,
 `loop.jsonl`, `gradients.jsonl`), the measured choice (`choice.json`) and the page (`gpu-check.md`).
-They go to $OUT where it is set; else to benchmarks/results and out/.
+They go to $OUT where it is set; else to benchmarks/results and out/, of a dry run (`--cpu`) to out/
+alone.
 
 It needs a CUDA device and a Python with torch, pytest, click and pybind11, no network and no
 virtual environment. Where pytest-xdist is installed the tests run in eight processes, where
@@ -237,8 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     elsewhere = os.environ.get("OUT")
-    folder = Path(elsewhere) if elsewhere else ROOT / "benchmarks" / "results"
-    log_folder = folder if elsewhere else ROOT / "out"
+    log_folder = Path(elsewhere) if elsewhere else ROOT / "out"
+    # rows of a dry run are no results
+    folder = log_folder if elsewhere or chosen.cpu else ROOT / "benchmarks" / "results"
     pages = ROOT / "out" / NAME
     shutil.rmtree(pages, ignore_errors=True)
     for made in (folder, log_folder, pages):

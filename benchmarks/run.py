@@ -77,7 +77,15 @@ def report() -> None:
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 def show_targets(files: tuple[Path, ...]) -> None:
     """Print the targets of a GPU beside the results in FILES; a missing file holds none."""
-    click.echo(targets.page([line for path in files for line in read(path)]))
+    lines = []
+    for path in files:
+        try:
+            lines += [dict(line) for line in read(path)]
+        except (OSError, TypeError, ValueError) as error:
+            raise click.ClickException(
+                f"targets: {path} holds results, a line of JSON each; got something else ({error})."
+            ) from error
+    click.echo(targets.page(lines))
 
 
 if __name__ == "__main__":

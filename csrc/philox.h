@@ -19,8 +19,10 @@
 // other threads need.
 #if defined(__CUDA_ARCH__)
 #define FASTDIFF_ROLLED _Pragma("unroll 1")
+#define FASTDIFF_UNROLLED _Pragma("unroll")
 #else
 #define FASTDIFF_ROLLED
+#define FASTDIFF_UNROLLED
 #endif
 
 namespace fastdiff {
@@ -33,16 +35,22 @@ struct Words {
     uint32_t w[4];
 };
 
+FASTDIFF_HD uint32_t high_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    return __umulhi(a, b);  // shifted from 64 bits, it costs an addition of 0
+#else
+    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+#endif
+}
+
 // Philox4x32-10.
 // Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 FASTDIFF_HD Words philox(Words counter, uint32_t key0, uint32_t key1) {
     for (int round = 0; round < kPhiloxRounds; ++round) {
-        const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * counter.w[0];
-        const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * counter.w[2];
-        counter = {{static_cast<uint32_t>(p1 >> 32) ^ counter.w[1] ^ key0,
-                    static_cast<uint32_t>(p1),
-                    static_cast<uint32_t>(p0 >> 32) ^ counter.w[3] ^ key1,
-                    static_cast<uint32_t>(p0)}};
+        counter = {{high_product(kPhiloxM1, counter.w[2]) ^ counter.w[1] ^ key0,
+                    kPhiloxM1 * counter.w[2],
+                    high_product(kPhiloxM0, counter.w[0]) ^ counter.w[3] ^ key1,
+                    kPhiloxM0 * counter.w[0]}};
         key0 += kPhiloxW0;
         key1 += kPhiloxW1;
     }
@@ -99,7 +107,11 @@ struct ScalarLanes {
     }
     static FASTDIFF_HD F sqrt(F v) {
 #if defined(__CUDA_ARCH__)
-        return __fsqrt_rn(v);
+        // `__fsqrt_rn` from 2^-101 up, without its test of what lies outside
+        float root;
+        asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(v));
+        const float near = __fmul_rn(v, root);
+        return __fmaf_rn(__fmaf_rn(-near, near, v), __fmul_rn(root, 0.5f), near);
 #else
         return __builtin_sqrtf(v);
 #endif
@@ -116,27 +128,26 @@ FASTDIFF_HD void normal_pair(typename O::U word_a, typename O::U word_b, typenam
     using U = typename O::U;
 
     // u_a = m 2^k with m in [2/3, 4/3); log u = k log 2 + log1p(m - 1); all times -2.
-    const F u = (O::to_float((I)(word_a >> 9)) + 0.5f) * 0x1p-23f;
-    const U bits = O::bits(u);
-    const I k = (I)(bits - 0x3F2AAAABu) >> 23;
-    const F f = O::from_bits(bits - ((U)k << 23)) - 1.0f;
-    F p = O::all(-0.1288565695285797f);
-    p = O::fma(p, f, O::all(0.13986897468566895f));
-    p = O::fma(p, f, O::all(-0.12185713648796082f));
-    p = O::fma(p, f, O::all(0.14005306363105774f));
-    p = O::fma(p, f, O::all(-0.1668037623167038f));
-    p = O::fma(p, f, O::all(0.2001044601202011f));
-    p = O::fma(p, f, O::all(-0.24999800324440002f));
-    p = O::fma(p, f, O::all(0.3333321511745453f));
+    const F u = O::from_bits((word_a >> 9) | 0x3F800000u) - 0x1.fffffep-1f;  // both exact
+    const U bits = O::bits(u), k = (bits - 0x3F2AAAABu) & 0xFF800000u;         // times 2^23
+    const F f = O::from_bits(bits - k) - 1.0f;
+    F p = O::all(0.2577131390571594f);
+    p = O::fma(p, f, O::all(-0.2797379493713379f));
+    p = O::fma(p, f, O::all(0.24371427297592163f));
+    p = O::fma(p, f, O::all(-0.2801061272621155f));
+    p = O::fma(p, f, O::all(0.3336075246334076f));
+    p = O::fma(p, f, O::all(-0.4002089202404022f));
+    p = O::fma(p, f, O::all(0.49999600648880005f));
+    p = O::fma(p, f, O::all(-0.6666643023490906f));
     const F ff = f * f;
-    const F tail = O::fma(ff * f, p * -2.0f, ff);  // f^2 - 2 f^3 p
-    const F mantissa = O::fma(f, O::all(-2.0f), tail);
-    const F r = O::sqrt(O::fma(O::to_float(k), O::all(-1.3862943649291992f), mantissa));
+    const F mantissa = O::fma(f, O::all(-2.0f), O::fma(ff * f, p, ff));  // -2 f + f^2 + f^3 p
+    const F log_2 = O::all(-1.3862943649291992f * 0x1p-23f);
+    const F r = O::sqrt(O::fma(O::to_float((I)k), log_2, mantissa));
 
-    // Angle in turns: quadrant q and the rest t in [-1/8, 1/8], both exact.
-    const I turn = (I)(word_b >> 9);
-    const I q = (turn + (1 << 20)) >> 21;
-    const F t = (O::to_float(turn - (I)((U)q << 21)) + 0.5f) * 0x1p-23f;
+    // Angle in turns, and 1/8: its two highest bits are the quadrant q, whose middle is at 0, and
+    // the rest is t in [-1/8, 1/8], exact.
+    const U turn = word_b + 0x20000000u;
+    const F t = O::from_bits(((turn >> 7) & 0x7FFFFCu) | 0x3E800000u) - (0.375f - 0x1p-24f);
     const F z = t * t;
     F s = O::all(-75.46574401855469f);
     s = O::fma(s, z, O::all(81.59423065185547f));
@@ -148,9 +159,8 @@ FASTDIFF_HD void normal_pair(typename O::U word_a, typename O::U word_b, typenam
     c = O::fma(c, z, O::all(-19.739208221435547f));
     c = O::fma(c, z, O::all(1.0f));
     const U sin_bits = O::bits(s), cos_bits = O::bits(c);
-    const U odd = U{} - ((U)q & 1u);  // all ones where the quadrant swaps sine and cosine
-    const U cos_sign = (((U)q + 1u) & 2u) << 30;
-    const U sin_sign = ((U)q & 2u) << 30;
+    const U odd = (U)((I)(turn << 1) >> 31);  // all ones where the quadrant swaps sine and cosine
+    const U cos_sign = (turn + 0x40000000u) & 0x80000000u, sin_sign = turn & 0x80000000u;
     first = r * O::from_bits(((cos_bits & ~odd) | (sin_bits & odd)) ^ cos_sign);
     second = r * O::from_bits(((sin_bits & ~odd) | (cos_bits & odd)) ^ sin_sign);
 }

@@ -8,10 +8,13 @@
 // An accessor IO supplies the value type V; zero(), fma(T, V, V), fuse(V, V, V), mul(T, V),
 // clip(V, T, T); loads x(), e(), out(g), term(j), extra(i), draw(d) (places in the row's lists),
 // xi(), slot(s), entry(k), output(g) (numbers of the history, the bank and the branches) and
-// scalar(i) of the sample's S; stores put_x, put_e, put_push, put_push_x, put_m; kNoiseFirst:
-// whether the noise is made before anything is loaded (where making it takes registers) or when it
-// is added (where it is read); and kThresholds: whether it has scale(), the sample's s, and
-// divide(V, T). Rows that threshold run on such alone.
+// scalar(i) of the sample's S; stores put_x, put_e, put_push, put_push_x, put_m; and says
+//   kNoiseFirst   whether the noise is made before anything is loaded (where making it takes
+//                 registers) or when it is added (where it is read);
+//   kOutputs,     how many outputs and terms are loaded before any arithmetic, so that their
+//   kTerms        latencies overlap; those beyond are loaded where they are added;
+//   kThresholds   whether it has scale(), the sample's s, and divide(V, T). Rows that threshold run
+//                 on such alone.
 #pragma once
 
 #include "row.h"
@@ -47,17 +50,47 @@ FASTDIFF_HD typename IO::V noise_of(const Row<T>& row, const IO& io) {
     return xi;
 }
 
+// The first outputs and terms of a row.
+template <class IO>
+struct Ahead {
+    typename IO::V out[IO::kOutputs + 1], term[IO::kTerms + 1];
+};
+
+template <class R, class IO>
+FASTDIFF_HD void load_outputs(const R& row, const IO& io, Ahead<IO>& ahead) {
+    FASTDIFF_UNROLLED
+    for (int g = 0; g < IO::kOutputs; ++g) {
+        ahead.out[g] = io.zero();
+        if (g < row.branches) ahead.out[g] = io.out(g);
+    }
+}
+template <class R, class IO>
+FASTDIFF_HD void load_terms(const R& row, const IO& io, Ahead<IO>& ahead) {
+    FASTDIFF_UNROLLED
+    for (int j = 0; j < IO::kTerms; ++j) {
+        ahead.term[j] = io.zero();
+        if (j < row.terms) ahead.term[j] = io.term(j);
+    }
+}
+
+template <class R, class IO>
+FASTDIFF_HD typename R::Number weight_of(const R& row, const IO& io, int g) {
+    if constexpr (R::kGrown) return scaled(io, row.k[g], row.scalar_k[g]);
+    (void)io;
+    return row.k[g];
+}
+
 // What the outputs add to h.
 template <class R, class IO>
-FASTDIFF_HD typename IO::V outputs_of(const R& row, const IO& io) {
+FASTDIFF_HD typename IO::V outputs_of(const R& row, const IO& io, const Ahead<IO>& ahead) {
     typename IO::V h = io.zero();
+    FASTDIFF_UNROLLED
+    for (int g = 0; g < IO::kOutputs; ++g) {
+        if (g < row.branches) h = io.fma(weight_of(row, io, g), ahead.out[g], h);
+    }
     FASTDIFF_ROLLED
-    for (int g = 0; g < row.branches; ++g) {
-        if constexpr (R::kGrown) {
-            h = io.fma(scaled(io, row.k[g], row.scalar_k[g]), io.out(g), h);
-        } else {
-            h = io.fma(row.k[g], io.out(g), h);
-        }
+    for (int g = IO::kOutputs; g < row.branches; ++g) {
+        h = io.fma(weight_of(row, io, g), io.out(g), h);
     }
     return h;
 }
@@ -82,10 +115,11 @@ FASTDIFF_HD typename IO::V multiplied(const R& row, const IO& io, typename IO::V
 // The y of what `io` stands at, not yet limited. x and e by value: with a reference to either a GPU
 // would keep both in memory.
 template <class R, class IO>
-FASTDIFF_HD typename IO::V form(const R& row, const IO& io, typename IO::V x, typename IO::V e) {
+FASTDIFF_HD typename IO::V form(const R& row, const IO& io, const Ahead<IO>& ahead,
+                                typename IO::V x, typename IO::V e) {
     using T = typename R::Number;
     using V = typename IO::V;
-    V h = outputs_of(row, io);
+    V h = outputs_of(row, io, ahead);
     if (row.p != T(0)) {
         if (row.flags & kAtE) {
             h = io.fma(row.p, e, h);
@@ -110,10 +144,19 @@ FASTDIFF_HD typename IO::V form(const R& row, const IO& io) {
     bool reads = row.p != T(0);
     if constexpr (R::kGrown) reads = reads || row.into_y > 0;
     typename IO::V point = io.zero();
+    Ahead<IO> ahead;
     if (reads) point = (row.flags & kAtE) ? io.e() : io.x();
-    typename IO::V h = outputs_of(row, io);
+    load_outputs(row, io, ahead);
+    typename IO::V h = outputs_of(row, io, ahead);
     if (row.p != T(0)) h = io.fma(row.p, point, h);
     return multiplied(row, io, point, h);
+}
+
+// A term or an entry of the bank added to both sums.
+template <bool kHasE, class T, class IO, class V>
+FASTDIFF_HD void add(const IO& io, const Term<T>& term, const V v, V& x_next, V& e_next) {
+    if (!kHasE || term.b != T(0)) x_next = io.fma(term.b, v, x_next);
+    if (kHasE && term.g != T(0)) e_next = io.fma(term.g, v, e_next);
 }
 
 // The operands of one update, as far as the row reads them.
@@ -154,10 +197,13 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
     V x = io.zero(), e = io.zero(), h = io.zero(), x_next = io.zero(), e_next = io.zero();
     V xi = io.zero(), y = io.zero();
     if (IO::kNoiseFirst && row.loads_xi) xi = noise_of(row, io);
+    Ahead<IO> ahead;
     if (row.loads_x) x = io.x();
     if (row.loads_e) e = io.e();
+    load_outputs(row, io, ahead);
+    load_terms(row, io, ahead);
     if (row.flags & kEvaluate) {
-        h = form(row, io, x, e);
+        h = form(row, io, ahead, x, e);
         if constexpr (R::kGrown) y = h;
         if constexpr (IO::kThresholds) {
             if (row.flags & kThreshold) {
@@ -192,11 +238,13 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
         if (row.b_raw != T(0)) x_next = io.fma(row.b_raw, y, x_next);
         if (kHasE && row.g_raw != T(0)) e_next = io.fma(row.g_raw, y, e_next);
     }
+    FASTDIFF_UNROLLED
+    for (int j = 0; j < IO::kTerms; ++j) {
+        if (j < row.terms) add<kHasE>(io, row.term[j], ahead.term[j], x_next, e_next);
+    }
     FASTDIFF_ROLLED
-    for (int j = 0; j < row.terms; ++j) {
-        const V past = io.term(j);
-        if (!kHasE || row.term[j].b != T(0)) x_next = io.fma(row.term[j].b, past, x_next);
-        if (kHasE && row.term[j].g != T(0)) e_next = io.fma(row.term[j].g, past, e_next);
+    for (int j = IO::kTerms; j < row.terms; ++j) {
+        add<kHasE>(io, row.term[j], io.term(j), x_next, e_next);
     }
     if (row.loads_xi) {
         if (!IO::kNoiseFirst) xi = noise_of(row, io);
@@ -205,9 +253,7 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
     }
     FASTDIFF_ROLLED
     for (int i = 0; i < row.extras; ++i) {
-        const V extra = io.extra(i);
-        if (!kHasE || row.extra[i].b != T(0)) x_next = io.fma(row.extra[i].b, extra, x_next);
-        if (kHasE && row.extra[i].g != T(0)) e_next = io.fma(row.extra[i].g, extra, e_next);
+        add<kHasE>(io, row.extra[i], io.extra(i), x_next, e_next);
     }
     if constexpr (R::kGrown) {
         const Operands<V> of = {x, e, h, xi};
@@ -267,6 +313,7 @@ template <class T, class S>
 struct Element {
     using V = T;
     static constexpr bool kNoiseFirst = false, kThresholds = true;
+    static constexpr int kOutputs = 0, kTerms = 0;
     const Span<T, S>& at;
     int64_t i;
 

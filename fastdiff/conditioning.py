@@ -233,9 +233,12 @@ def _check_samples(tensor: torch.Tensor, batch: int, where: str) -> None:
 def _check_place(tensor: torch.Tensor, device: torch.device | None, where: str) -> None:
     """Raises where a tensor lies on one GPU and x on another: few networks are meant to join them.
 
-    A network may well move what lies on the CPU, or run on a GPU for an x on the CPU.
+    A network may well move what lies on the CPU, or run on a GPU for an x on the CPU. A tensor on
+    the meta device has no values; PyTorch's embeddings read it all the same.
     """
-    if device is None or tensor.device == device or "cpu" in (tensor.device.type, device.type):
+    if device is None or tensor.device == device:
+        return
+    if tensor.device.type != "meta" and "cpu" in (tensor.device.type, device.type):
         return
     raise ValueError(
         f"sample: conditioning lies where x lies; got {where} on {tensor.device} and x on {device}."

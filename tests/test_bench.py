@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fastdiff bench`: what it refuses, what it times and counts, and what it leaves behind."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from support.core import needs_core
 
 import fastdiff as fd
 from fastdiff.bench import (
@@ -179,6 +181,29 @@ def test_the_roof_is_the_copy_that_shares_are_of():
         roofline.roof([])
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_shares_are_of_the_best_copy_and_of_the_median_one(large, monkeypatch):
+    """Of the same size, or of one large copy in the same run."""
+    case, shape = rows.Case(1), (1, 1000)  # moves 3 registers of 4000 bytes
+
+    def turns(rivals, *rest):
+        made = {"copy_": (1e-6, 2e-6), "fastdiff torch": (3e-6, 8e-6)}
+        found = {
+            name: timing.Timing(best, best, median, median, 1)
+            for name, (best, median) in made.items()
+        }
+        return {name: (found[name], found[name]) for name in rivals}
+
+    monkeypatch.setattr(stages, "take_turns", turns)
+    monkeypatch.setattr(stages, "large_from", lambda place: 0 if large else 10**9)
+    cell = stages.Cell(case, shape, CPU)
+    kept = stages.measure(cell, cell.makers(("torch",)), SETTING, lambda: (16e9, 2e9), [])
+    line = {r["rival"]: r for r in kept}["fastdiff torch"]
+    assert (line["bandwidth"], line["bandwidth_median"]) == (4.0, 1.5)
+    shares = (4 / 8, 1.5 / 4) if large else (4 / 16, 1.5 / 2)
+    assert (line["share"], line["share_median"]) == shares
+
+
 def test_results_are_added_to_a_file_and_replaced_there():
     for commit in ("a", "a", "b"):
         given = ("--size", "4KiB", "--backend", "torch", "--json", "r.jsonl")
@@ -223,6 +248,18 @@ def test_a_wrong_run_is_not_timed(name, monkeypatch):
     done = run(name, *ONCE, "--size", "2x16", "--steps", 2, "--backend", "torch", code=1)
     assert "Nothing was timed" in done.stdout
     assert "1 gates stayed shut" in done.stderr
+
+
+@needs_core
+def test_the_gate_holds_compiled_backends_to_the_bit(monkeypatch):
+    """The reference, which agrees to its rounding alone, under another backend's name."""
+    real = fd.backends.get
+    for served, refused in (("cpu", None), ("torch", "elements that differ from cpu's")):
+        monkeypatch.setattr(
+            fd.backends, "get", lambda name, as_=served: real(as_ if name == "cuda" else name)
+        )
+        with pytest.raises(GateError, match=refused) if refused else contextlib.nullcontext():
+            stages.gate(rows.Case(3), CPU, names=("cuda",))
 
 
 @pytest.mark.parametrize("state", [torch.float64, torch.bfloat16, torch.float16])
@@ -270,6 +307,7 @@ def test_noise_that_differs_by_a_bit_is_not_timed(monkeypatch):
         (["loop", "--dtype", "float32/float16"], "'float32/float16' is not one of"),
         (["noise", "--dtype", "float16"], "'float16' is not one of float32, float64."),
         (["stage", "--terms", "0"], "ranges grow, from 1 on"),
+        (["stage", "--terms", "1,101"], "the list ends at 100"),
         (["stage", "--noise", "much"], "'much' is not one of"),
         (["loop", "--branches", "3"], "1 or 2 is allowed; got 3."),
         (["loop", "--network", "unet"], "'unet' is not one of null, mlp."),
@@ -297,7 +335,10 @@ def test_a_wrong_command_exits_2_and_says_what_is_allowed(arguments, said):
         (["loop", "--size", "1000000000GiB"], "Take a smaller one."),
         (["noise", "--size", "1000000000GiB"], "Take a smaller one."),
         (["loop", "--network", "mlp", "--size", "4KiB,2x3x4"], "BxA such as 64x16; got [2,3,4]"),
-        (["gradient", "--size", "1x1000000"], "up to 16384 numbers"),
+        (["gradient", "--size", "1x1000000"], "got [1,1000000]. Give another size."),
+        (["gradient", "--size", "999999999999x16"], "Take a smaller one."),
+        (["loop", "--network", "mlp", "--size", "99999999999x1"], "Take a smaller one."),
+        (["stage", "--backend", "torch,cpu", "--branches", "17"], "up to 16 branches; got 17"),
         (["stage", "--plan", "none.json"], "none.json cannot be read"),
         (["stage", "--plan", "wrong.json"], "wrong.json"),
         (["loop", "--plan", "wrong.json"], "wrong.json"),
@@ -306,7 +347,8 @@ def test_a_wrong_command_exits_2_and_says_what_is_allowed(arguments, said):
         (["gradient", "--plan", "bank.json"], "got one that reads 1 tensors of the caller's"),
         (["stage", "--json", "no/such/r.jsonl"], "--json: the folder no/such does not exist"),
         (["stage", "--json", "wrong.json"], "--json: wrong.json holds results"),
-        (["stage", "--json", "folder"], "--json: a file is needed; got folder"),
+        (["stage", "--json", "folder"], "--json: a file is needed; got the folder folder."),
+        (["stage", "--json", "/proc/r.jsonl"], "--json: /proc/r.jsonl cannot be written"),
         (["stage", "--plot", "no/such/r.png"], "--plot: the folder no/such does not exist"),
     ],
 )
@@ -324,6 +366,25 @@ def test_what_cannot_be_measured_is_said_before_anything_is_timed(arguments, sai
     assert line.startswith("error: ")
     assert said in line
     assert done.stdout == ""
+
+
+def test_what_one_backend_does_not_serve_is_timed_on_the_others():
+    done = run("stage", *ONCE, "--size", "4KiB", "--branches", "17", "--terms", "100")
+    _, table = cells_of(done.stdout)
+    assert [row[2] for row in table] == ["copy_", "fastdiff torch"]
+    assert rows.Case(rows.MOST_OUTPUTS).bytes(1) == 4 * (rows.MOST_OUTPUTS + 3)
+    assert min(map(abs, rows.weights_of(rows.MOST_OUTPUTS))) > torch.finfo(torch.float32).tiny
+
+
+def test_who_breaks_off_sees_what_was_measured(monkeypatch):
+    def broken_off(counting):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "count", broken_off)
+    done = run("stage", *ONCE, "--size", "4KiB", "--backend", "torch", "--plot", "r.png", code=1)
+    _, table = cells_of(done.stdout)
+    assert [row[2] for row in table] == ["copy_", "fastdiff torch"]
+    assert not Path("r.png").exists()
 
 
 def test_an_interpreter_is_not_timed(monkeypatch):
@@ -413,7 +474,9 @@ def test_an_installed_package_has_a_version_and_no_commit(monkeypatch, tmp_path)
     elsewhere = tmp_path / "site-packages" / "machine.py"
     elsewhere.parent.mkdir()
     elsewhere.touch()
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)  # somebody else's tree
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for given in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "somebody else's"]):
+        subprocess.run([*git, *given], check=True)
     monkeypatch.setattr(machine, "__file__", str(elsewhere))
     machine.commit.cache_clear()
     try:

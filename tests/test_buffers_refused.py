@@ -133,7 +133,13 @@ def test_buffers_that_were_moved_or_replaced_are_refused():
     def replace(buffers):
         buffers.cond["held"].y = torch.zeros(5)
 
-    for change in (move_x, move_cond, replace):
+    def shrink_x(buffers):
+        buffers.x.resize_(2, 5)
+
+    def shrink_cond(buffers):
+        buffers.cond["y"].resize_(2)
+
+    for change in (move_x, move_cond, replace, shrink_x, shrink_cond):
         buffers = made()
         change(buffers)
         with pytest.raises(RuntimeError, match=r"stay where they lie.*Write into it"):
@@ -223,6 +229,13 @@ def test_inside_another_recording_or_compilation_buffers_are_refused(monkeypatch
     compiled = torch.compile(lambda: buffers.run() + 1.0, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"torch\.compile around them"):
         compiled()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, of what it leaves alone
+def test_a_run_leaves_a_graph_of_the_compilers():
+    buffers = fd.Sampler(network, PLAN, graph=None).buffers(LIKE)
+    compiled = torch.compile(lambda: buffers.run() + 1.0, backend="eager")
+    assert torch.equal(compiled(), fd.sample(network, LIKE, PLAN) + 1.0)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit's own

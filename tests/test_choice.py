@@ -349,8 +349,22 @@ def test_the_doctor_shows_and_measures_the_choice(two, monkeypatch, tmp_path):
     assert "Give --measure as well" in refused.output
     two["second"].lacks = "it is not built"
     assert "cpu: first serves. Nothing is to be chosen." in run(commands, ["doctor"]).output
-    refused = run(commands, ["doctor", "--measure", "--out", str(out)])
-    assert refused.exit_code == 0
+    done = run(commands, ["doctor", "--measure", "--out", str(out)])
+    assert done.exit_code == 0
+    assert "Nothing was measured." in done.output
+
+
+def test_the_doctor_does_not_show_a_table_that_is_not_used(two, monkeypatch):
+    Timer(monkeypatch, noisy_rows_are_second_s)
+    backends.measure(CPU)
+    monkeypatch.setenv("FASTDIFF_CHOOSE", "name")
+    done = CliRunner().invoke(commands, ["doctor"])
+    assert "by the order of the names. FASTDIFF_CHOOSE=name." in done.output
+    assert "Times:" not in done.output
+    monkeypatch.setenv("FASTDIFF_CHOOSE", "nmae")
+    done = CliRunner().invoke(commands, ["doctor"])
+    assert done.exit_code == 1
+    assert "got 'nmae'" in done.output
 
 
 def test_the_cache_is_where_the_system_keeps_caches(monkeypatch, tmp_path):

@@ -159,6 +159,16 @@ def test_what_does_not_fit_is_refused_by_its_place(cond, says):
         fd.sample(network, torch.randn(3, 5), plan_of(), cond=cond)
 
 
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_tensor_without_values_is_refused(staged):
+    """An embedding on the CPU makes numbers of nothing of an index on the meta device."""
+    y = torch.zeros(6, 3, dtype=torch.long, device="meta")
+    with pytest.raises(ValueError, match=r"got cond\['y'\] on meta and x on cpu"):
+        fd.sample(
+            network, torch.randn(3, 5), plan_of(), cond={"y": PerStage(y) if staged else y[0]}
+        )
+
+
 # -- what a network is given -----------------------------------------------------------------------
 
 

@@ -353,6 +353,24 @@ def test_the_gpu_check_sums_up_and_fails_with_its_phases(monkeypatch, capsys, tm
     assert "not passed: only" in capsys.readouterr().err
 
 
+def test_rows_of_a_dry_run_are_no_results(tmp_path, monkeypatch):
+    found = []
+
+    def listed(setting, folders, *rest):
+        found.append(folders[0])
+        return [python("print('well')")]
+
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(check, "ROOT", tmp_path)
+    monkeypatch.setattr(check, "probe", lambda: {"gpu": None, "torch": "2"})
+    monkeypatch.setattr(check, "phases_of", listed)
+    monkeypatch.setattr(phases, "ROOT", tmp_path)
+    assert check.main(["--cpu"]) == 0
+    assert found == [tmp_path / "out"]
+    assert not (tmp_path / "benchmarks").exists()
+    assert (tmp_path / "out" / "gpu-check-cpu.md").exists()
+
+
 @pytest.mark.slow
 def test_a_dry_run_on_the_cpu_goes_through_every_part(tmp_path):
     pytest.importorskip("triton", reason="the tests of the check's first phase import it")

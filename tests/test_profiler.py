@@ -2,12 +2,12 @@
 """What a profiler shows of a run, and that nothing is recorded where none is on."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import torch
 from support.captures import network, plan_of
 from support.core import BACKENDS, needs_core
-from support.profilers import profiled
 from torch.autograd import profiler
 
 import fastdiff as fd
@@ -18,7 +18,8 @@ X = torch.zeros(3, 5)
 
 def ranges_of(call):
     """The names of a call's ranges in order, each with the name of the range that it stands in."""
-    with profiled(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         call()
     ours = [e for e in profile.events() if e.name.startswith("fastdiff: ")]
     ours.sort(key=lambda e: e.time_range.start)
@@ -51,7 +52,8 @@ def test_what_the_network_does_stands_in_its_range():
             return network(x, t)
 
     sampler = fd.Sampler(net, plan_of("ddim", 2))
-    with profiled(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:
         sampler(X)
     inside = [e for e in profile.events() if e.name == "inside"]
     assert [e.cpu_parent.name for e in inside] == ["fastdiff: network 0", "fastdiff: network 1"]
@@ -162,7 +164,10 @@ def test_without_a_profiler_the_plain_loop_runs(monkeypatch):
 @pytest.mark.parametrize("scope", ["profile", "emit_itt"])
 def test_every_profiler_of_pytorch_is_seen(scope):
     assert not ranges.profiling()
-    kinds = {"profile": profiled, "emit_itt": profiler.emit_itt}
+    kinds = {
+        "profile": partial(torch.profiler.profile, acc_events=True),
+        "emit_itt": profiler.emit_itt,
+    }
     if scope == "emit_itt" and not torch.profiler.itt.is_available():
         pytest.skip("this PyTorch is built without ITT")
     with kinds[scope]():

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from support.core import FAST, needs_core
-from support.profilers import profiled
 from support.runs import EACH, VP, network
 
 import fastdiff as fd
@@ -136,7 +135,7 @@ def test_the_loop_allocates_no_tensor():
         plan = fd.plan(VP, "ddim", steps, eta=1.0)
         sampler = fd.Sampler(lambda x, t: out, plan, backend="cpu")
         sampler(x, seed=0, out=result)
-        with profiled(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             sampler(x, seed=0, out=result)
         events = [e for e in profile.events() if not e.name.startswith("fastdiff: ")]
         counts.append((len(events), sum(e.self_cpu_memory_usage > 0 for e in events)))

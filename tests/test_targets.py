@@ -158,3 +158,13 @@ def test_the_command_reads_files_and_takes_a_missing_one_for_empty(tmp_path):
     assert done.exit_code == 0, done.output
     assert "7.50 (worst of 1)" in done.output
     assert done.output.count("not measured") == 9
+
+
+def test_files_that_hold_no_results_are_refused_in_a_sentence(tmp_path):
+    main = importlib.import_module("run").main
+    (tmp_path / "bytes").write_bytes(b"\xa5\x00")
+    (tmp_path / "lists").write_text("[1]\n")
+    for name in ("bytes", "lists", "."):
+        done = CliRunner().invoke(main, ["targets", str(tmp_path / name)])
+        assert done.exit_code == 1
+        assert "holds results, a line of JSON each; got something else" in done.output

@@ -44,16 +44,17 @@ template <class R, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_samples(const __grid_constant__ Launch l) {
     __shared__ Resolved<R> each[kWarps];
-    __shared__ int64_t resolved[kWarps];  // which row each holds: no register is left for it
-    if (threadIdx.x < kWarps) resolved[threadIdx.x] = -1;  // never a row of the table
-    __syncthreads();
-    const int64_t chunks = (quads_of(l.args.size) + kChunk - 1) / kChunk;
-    const int64_t units = l.args.batch * chunks;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * kWarps;
-    for (int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp; u < units;
-         u += stride) {
-        const int thread = thread_anew(), warp = thread / kWarp, lane = thread % kWarp;
-        Resolved<R>& at = each[warp];
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    Resolved<R>& at = each[warp];
+    // Where a warp stands is not kept in registers, of which there is none to spare.
+    __shared__ int64_t resolved[kWarps], unit[kWarps];
+    if (lane == 0) resolved[warp] = -1;  // never a row of the table
+    if (lane == 0) unit[warp] = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+    __syncwarp();
+    while (true) {
+        reread();
+        const int64_t u = unit[warp], chunks = (quads_of(again(l.args.size)) + kChunk - 1) / kChunk;
+        if (u >= l.args.batch * chunks) break;
         const int64_t b = divide(u, chunks), index = row_of(l, b);
         if (index != resolved[warp] || index < 0) {
             __syncwarp();
@@ -64,6 +65,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<R>)
             __syncwarp();
         }
         if (at.status == kOk) sample_lane<S>(l, at.row, b, u - b * chunks, lane, kWarp);
+        __syncwarp();
+        if (lane == 0) unit[warp] += static_cast<int64_t>(gridDim.x) * kWarps;
+        __syncwarp();
     }
 }
 
@@ -136,35 +140,6 @@ __global__ void __launch_bounds__(kThreads)
 // -- launchers start them by these ---------------------------------------------------------------
 
 }  // namespace
-
-#define FASTDIFF_OUT_DTYPES(kernel, T, threads)                                \
-    {                                                                          \
-        {reinterpret_cast<const void*>(kernel<T, float>), threads, {}},        \
-            {reinterpret_cast<const void*>(kernel<T, double>), threads, {}},   \
-            {reinterpret_cast<const void*>(kernel<T, Bfloat16>), threads, {}}, \
-            {reinterpret_cast<const void*>(kernel<T, Float16>), threads, {}},  \
-    }
-
-Kernel kStages[2][2][2][kDtypes] = {
-    {{FASTDIFF_OUT_DTYPES(stage_shared, Row<float>, kThreads),
-      FASTDIFF_OUT_DTYPES(stage_shared, Row<double>, kThreads)},
-     {FASTDIFF_OUT_DTYPES(stage_samples, Row<float>, kThreads),
-      FASTDIFF_OUT_DTYPES(stage_samples, Row<double>, kThreads)}},
-    {{FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<float>, kThreads),
-      FASTDIFF_OUT_DTYPES(stage_shared, GrownRow<double>, kThreads)},
-     {FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<float>, kThreads),
-      FASTDIFF_OUT_DTYPES(stage_samples, GrownRow<double>, kThreads)}},
-};
-Kernel kThresholds[2][2][kDtypes] = {
-    {FASTDIFF_OUT_DTYPES(thresholds, Row<float>, kSelectors<float>),
-     FASTDIFF_OUT_DTYPES(thresholds, Row<double>, kSelectors<double>)},
-    {FASTDIFF_OUT_DTYPES(thresholds, GrownRow<float>, kSelectors<float>),
-     FASTDIFF_OUT_DTYPES(thresholds, GrownRow<double>, kSelectors<double>)},
-};
-Kernel kMeasures[2][kDtypes] = {FASTDIFF_OUT_DTYPES(measures, float, kThreads),
-                                FASTDIFF_OUT_DTYPES(measures, double, kThreads)};
-Kernel kNormals[2] = {{reinterpret_cast<const void*>(normals<float>), kThreads, {}},
-                      {reinterpret_cast<const void*>(normals<double>), kThreads, {}}};
-#undef FASTDIFF_OUT_DTYPES
-
 }  // namespace fastdiff::cuda
+
+#include "cuda/kernels.h"

@@ -67,11 +67,12 @@ struct Meter {
 private:
     // A measure is taken without the scalars.
     template <bool kWide, class S>
-    static FASTDIFF_HD Quad<kWide, GrownRow<T>, S> quad_of(const Launch& l, const GrownRow<T>& row,
-                                                           int64_t b, int64_t q, uint64_t seed) {
+    static FASTDIFF_HD Quad<kWide, false, GrownRow<T>, S> quad_of(const Launch& l,
+                                                                  const GrownRow<T>& row, int64_t b,
+                                                                  int64_t q, uint64_t seed) {
         const int64_t size = l.args.size;
         const int count = size - 4 * q < 4 ? static_cast<int>(size - 4 * q) : 4;
-        auto quad = quad_at<kWide, GrownRow<T>, S>(l, row, b, q, seed, count);
+        auto quad = quad_at<kWide, false, GrownRow<T>, S>(l, row, b, q, seed, count);
         quad.scalars = nullptr;
         return quad;
     }

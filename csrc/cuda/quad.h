@@ -16,14 +16,49 @@ struct alignas(sizeof(E) == 2 ? 8 : 16) Four {
     E v[4];
 };
 
-// Where a quad stands. kWide: it is whole and every address allows `Four`.
-template <bool kWide, class R, class S>
+// In one access of 16 bytes (8 for two-byte types), or in two. Said in PTX: from C++ ptxas makes
+// four of it in some places, and a cast to `float4` changes nothing. "memory": what is read before
+// it in the source is read before it.
+template <class E>
+FASTDIFF_HD void store(E* p, const Four<E>& from) {
+#if defined(__CUDA_ARCH__)
+    const size_t at = __cvta_generic_to_global(p);
+    if constexpr (sizeof(E) == 2) {
+        asm volatile("st.global.v4.u16 [%0], {%1, %2, %3, %4};" ::"l"(at), "h"(from.v[0].bits),
+                     "h"(from.v[1].bits), "h"(from.v[2].bits), "h"(from.v[3].bits)
+                     : "memory");
+    } else if constexpr (sizeof(E) == 4) {
+        asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(from.v[0]),
+                     "f"(from.v[1]), "f"(from.v[2]), "f"(from.v[3])
+                     : "memory");
+    } else {
+        asm volatile("st.global.v2.f64 [%0], {%1, %2};\n\tst.global.v2.f64 [%0 + 16], {%3, %4};" ::
+                         "l"(at), "d"(from.v[0]), "d"(from.v[1]), "d"(from.v[2]), "d"(from.v[3])
+                     : "memory");
+    }
+#else
+    *reinterpret_cast<Four<E>*>(p) = from;
+#endif
+}
+
+// v: what follows from it is made where it is wanted, not before a loop and kept in registers.
+FASTDIFF_HD int64_t again(int64_t v) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+l"(v));
+#endif
+    return v;
+}
+
+// Where a quad stands. kWide: it is whole and every address allows `Four`. kAhead: what most rows
+// read is loaded before any arithmetic, which takes registers.
+template <bool kWide, bool kAhead, class R, class S>
 struct Quad {
     using T = typename R::Number;
     struct V {
         T v[4];
     };
     static constexpr bool kNoiseFirst = true, kThresholds = true;
+    static constexpr int kOutputs = kAhead ? 2 : 0, kTerms = kAhead ? 3 : 0;
     const StageArgs& a;
     const R& row;
     int64_t i;  // its first element in a register
@@ -50,7 +85,7 @@ struct Quad {
         Four<E> four;
         for (int l = 0; l < 4; ++l) narrow(v.v[l], four.v[l]);
         if (kWide) {
-            *reinterpret_cast<Four<E>*>(p) = four;
+            store(p, four);
         } else {
             for (int l = 0; l < 4; ++l) {
                 if (l < count) p[l] = four.v[l];
@@ -99,7 +134,7 @@ struct Quad {
     }
     // In a bank that all samples share an element stands where it does in the sample.
     FASTDIFF_HD V entry(int k) const {
-        const int64_t at = k * a.bank_batch * a.size + (a.bank_shared() ? 4 * q : i);
+        const int64_t at = k * a.bank_batch * a.size + (a.bank_shared() ? 4 * again(q) : i);
         return read(static_cast<const T*>(a.bank) + at);
     }
     FASTDIFF_HD V extra(int k) const { return entry(row.extra[k].source); }
@@ -137,9 +172,9 @@ struct Quad {
 };
 
 // The quad q of sample b, of `count` elements.
-template <bool kWide, class R, class S>
-FASTDIFF_HD Quad<kWide, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
-                                      uint64_t seed, int count) {
+template <bool kWide, bool kAhead, class R, class S>
+FASTDIFF_HD Quad<kWide, kAhead, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
+                                              uint64_t seed, int count) {
     using T = typename R::Number;
     const StageArgs& a = l.args;
     const T* scalars = nullptr;

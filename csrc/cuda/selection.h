@@ -35,6 +35,7 @@ struct Pair {
     struct V {
         typename Q::V a, b;
     };
+    static constexpr int kOutputs = 0, kTerms = 0;
     Q a, b;
 
     FASTDIFF_HD V zero() const { return {a.zero(), b.zero()}; }
@@ -135,12 +136,12 @@ struct Selection {
     FASTDIFF_HD void count(const Launch& l, const R& row, int64_t b, int pass, int thread,
                            int threads) {
         const int64_t size = l.args.size;
-        using Q = Quad<kWide, R, S>;
+        using Q = Quad<kWide, false, R, S>;
         Tally tally(*this, pass, thread);
         const int quads = static_cast<int>(quads_of(size));
         const auto quad = [&](int64_t q) {
             const int elements = size - 4 * q < 4 ? static_cast<int>(size - 4 * q) : 4;
-            return quad_at<kWide, R, S>(l, row, b, q, 0, elements);
+            return quad_at<kWide, false, R, S>(l, row, b, q, 0, elements);
         };
         for (int q = thread; q < quads; q += 2 * threads) {
             reread();

@@ -24,6 +24,11 @@ FASTDIFF_HD int64_t divide(int64_t a, int64_t b) {
     return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);  // a fifth of the instructions
 }
 
+// From a quad to the one `stride` further on, of samples of `quads` each.
+struct Steps {
+    int64_t samples, quads, b, q;
+};
+
 // Quads first, first + stride, ... of `samples` samples of `size` elements, by calling
 // work(b, q, elements of the quad).
 template <class Work>
@@ -37,13 +42,20 @@ FASTDIFF_HD void each_quad(int64_t samples, int64_t size, int64_t first, int64_t
         step_b = divide(stride, quads);
         step_q = stride - step_b * quads;
     }
-    while (b < samples) {
+#if defined(__CUDA_ARCH__)
+    __shared__ Steps steps;  // registers are for loads; all threads write the same, once
+#else
+    Steps steps;
+#endif
+    steps = {samples, quads, step_b, step_q};
+    while (true) {
         reread();
+        if (b >= steps.samples) break;
         work(b, q, size - 4 * q < 4 ? static_cast<int>(size - 4 * q) : 4);
-        b += step_b;
-        q += step_q;
-        if (q >= quads) {
-            q -= quads;
+        b += steps.b;
+        q += steps.q;
+        if (q >= steps.quads) {
+            q -= steps.quads;
             ++b;
         }
     }
@@ -57,7 +69,7 @@ FASTDIFF_HD void shared_quads(const Launch& launch, const R& row, bool joined, i
     const int64_t samples = joined ? 1 : a.batch, size = joined ? a.batch * a.size : a.size;
     each_quad(samples, size, first, stride, [&](int64_t b, int64_t q, int count) {
         const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
-        update<kHasE>(row, quad_at<kWide, R, S>(launch, row, b, q, seed, count));
+        update<kHasE>(row, quad_at<kWide, kWide, R, S>(launch, row, b, q, seed, count));
     });
 }
 
@@ -67,11 +79,12 @@ FASTDIFF_HD void chunk_quads(const Launch& launch, const R& row, int64_t b, int6
                              int lane, int lanes) {
     const StageArgs& a = launch.args;
     const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
-    const int64_t quads = quads_of(a.size), end = (c + 1) * kChunk;
-    for (int64_t q = c * kChunk + lane; q < end && q < quads; q += lanes) {
+    for (int64_t q = c * kChunk + lane; q < quads_of(again(a.size));) {
         reread();
         const int count = a.size - 4 * q < 4 ? static_cast<int>(a.size - 4 * q) : 4;
-        update<kHasE>(row, quad_at<kWide, R, S>(launch, row, b, q, seed, count));
+        update<kHasE>(row, quad_at<kWide, false, R, S>(launch, row, b, q, seed, count));
+        q += lanes;
+        if (q % kChunk < lanes) break;  // the next chunk's: no register holds the end of this one
     }
 }
 
@@ -134,7 +147,7 @@ FASTDIFF_HD void normal_thread(const Normals& n, bool wide, int64_t thread, int6
         Four<Z> four;
         for (int l = 0; l < 4; ++l) four.v[l] = static_cast<Z>(normals[l]);
         if (wide) {
-            *reinterpret_cast<Four<Z>*>(at) = four;
+            store(at, four);
         } else {
             for (int l = 0; l < 4; ++l) {
                 if (l < count) at[l] = four.v[l];

@@ -166,7 +166,7 @@ def table(device: _torch.device) -> Table | None:
     """The measured times that decide on a device; None where the order of the names does.
 
     The user's file is read once a process, and then what comes with the package. A file that
-    cannot be read is said once, as a warning, and not used.
+    cannot be read is said once, as a warning, and not used. `FASTDIFF_CHOOSE=name` is not asked.
     """
     return choice.TABLES.of(_numbered(device))
 
@@ -204,14 +204,11 @@ def measure(
 
 def _table(device: _torch.device) -> Table | None:
     """The table for a device, measured where that is asked for, can be done and was not done."""
-    how = os.environ.get("FASTDIFF_CHOOSE", "")
-    if how not in ("", "measure", "name"):
-        raise ValueError(f'fastdiff: FASTDIFF_CHOOSE is "measure", "name" or not set; got {how!r}.')
-    if how == "name":
+    if choice.asked() == "name":
         return None
     with choice.TABLES.lock:  # of several threads the first measures
         known = table(device)
-        if known is None and how == "measure" and choice.can_measure(device):
+        if known is None and choice.asked() == "measure" and choice.can_measure(device):
             try:
                 known = measure(device)
             except OSError as error:

@@ -115,6 +115,18 @@ def _version(package: str) -> str:
         return "none"
 
 
+def asked() -> str:
+    """How a backend is chosen: "measure", "name", or "" where FASTDIFF_CHOOSE is not set.
+
+    Raises:
+        ValueError: It is none of them.
+    """
+    how = os.environ.get("FASTDIFF_CHOOSE", "")
+    if how not in ("", "measure", "name"):
+        raise ValueError(f'fastdiff: FASTDIFF_CHOOSE is "measure", "name" or not set; got {how!r}.')
+    return how
+
+
 def table_path() -> Path:
     """The file of the user's tables: in FASTDIFF_CACHE, else where the system keeps caches."""
     own = os.environ.get("FASTDIFF_CACHE")

@@ -22,6 +22,7 @@ from ..plans import Layout
 from . import gradients, loops, noises, problems, stages
 from .counts import count
 from .machine import free_bytes
+from .networks import Mlp
 from .records import Record
 from .rows import Case, Shape, case_of_plan, large_from, plan_of
 from .runs import Gate, Job, Setting
@@ -146,8 +147,7 @@ def stage_jobs(setting: Setting, asked: Asked) -> list[Job]:
     large = large_from(device.type)
     copied = functools.cache(functools.partial(copy_bandwidth, setting, large))
     for case, shape in cells:
-        layout = replace(case.rows.layout, branches=case.branches)
-        names = chosen(asked.backends, device, (case.state, case.network), layout)
+        names = chosen(asked.backends, device, (case.state, case.network), case.layout)
         what = f"a register of {size(case.register_bytes(shape))}"
         check_room(what, stages.needed_bytes(case, shape), device)
         gate = Gate(str(case), functools.partial(stages.gate, case, device, names=names))
@@ -216,6 +216,7 @@ def loop_jobs(setting: Setting, asked: Asked) -> list[Job]:
             for terms, noise, branches in rows:
                 plan = asked.plan or plan_of(terms, noise, asked.steps)
                 needed = math.prod(shape) * state.itemsize * 4 * (plan.slots + 4 + 2 * branches)
+                needed += branches * shape[0] * kept_bytes(network, shape, dtype)
                 check_room(f"a loop of {shape_text(shape)}", needed, device)
                 layout = replace(plan.layout, branches=branches)
                 for name in chosen(asked.backends, device, (state, dtype), layout):
@@ -249,8 +250,13 @@ def check_policy(network: str, shape: Shape) -> None:
     if network == "mlp" and (len(shape) != 2 or shape[1] > 2**14):
         raise ValueError(
             f"--size: the policy acts with up to 16384 numbers, BxA such as 64x16; got "
-            f"{shape_text(shape)}. Give another size, or --network null."
+            f"{shape_text(shape)}. Give another size."
         )
+
+
+def kept_bytes(network: str, shape: Shape, dtype: torch.dtype) -> int:
+    """About what autograd keeps of one sample in one call of a network."""
+    return dtype.itemsize * (Mlp.kept + 4 * shape[1]) if network == "mlp" else 0
 
 
 @dataclass(frozen=True)
@@ -332,6 +338,8 @@ def gradient_jobs(setting: Setting, asked: Asked) -> list[Job]:
             case = gradients.Case(network, shape[0], True, asked.steps, dtype, shape[1])
             if asked.plan is not None:
                 case = replace(case, steps=len(asked.plan.stages))
+            needed = shape[0] * case.steps * kept_bytes("mlp", shape, dtype)
+            check_room(f"backpropagation through {shape_text(shape)}", needed, device)
             for name in chosen(asked.backends, device, (state, dtype)):
                 measure = functools.partial(_gradient, case, name, asked, setting)
                 found.append(Job(f"{case}, {name}", measure, seconds=1.0))

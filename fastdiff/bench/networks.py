@@ -45,6 +45,8 @@ class TimeEmbedding(nn.Module):
 class Mlp(nn.Module):
     """A policy of three layers: noisy action [B, actions], time and observation to epsilon."""
 
+    kept = 6 * 256 + 128  # numbers of a sample that autograd keeps, beside four times its actions
+
     def __init__(self, actions: int, observed: int, width: int = 256) -> None:
         super().__init__()
         self.embed = TimeEmbedding(64)

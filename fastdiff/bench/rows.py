@@ -13,13 +13,14 @@ import torch
 
 from .. import backends
 from ..backends import BoundStage, Registers
-from ..plans import Plan, Stage
+from ..plans import Layout, Plan, Stage
 from .machine import GIB, KIB, MIB
 from .traffic import Backward, stage_bytes
 
 SIZES = tuple(k * KIB for k in (4, 64)) + tuple(k * MIB for k in (1, 16, 64, 256, 1024))
 TINY = ((65536, 16), (4096, 64))
 P, A_X, C = -0.25, 0.5, 0.1
+MOST_OUTPUTS = 100  # the weights of more fall out of float32, and what has none is not read
 Shape = tuple[int, ...]
 PARALLEL = 64 * MIB  # on the CPU, registers from here on are held to a copy of their own size
 UNCACHED = 256 * MIB  # on CUDA; below, a copy may find half of its bytes in the cache
@@ -94,7 +95,12 @@ class Case:
         """The numbers of the measured row, by column."""
         rows = self.rows
         row = rows.pack(self.weights)[self.row].tolist()
-        return dict(zip(replace(rows.layout, branches=self.branches).columns, row, strict=True))
+        return dict(zip(self.layout.columns, row, strict=True))
+
+    @property
+    def layout(self) -> Layout:
+        """The columns of the table that is bound."""
+        return replace(self.rows.layout, branches=self.branches)
 
     @functools.cached_property
     def plan(self) -> Plan:

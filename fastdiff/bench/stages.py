@@ -49,8 +49,8 @@ def available(device: torch.device) -> list[str]:
 
 def serves(name: str, case: Case, device: torch.device) -> bool:
     """Whether a backend runs the rows of a case."""
-    layout = case.rows.layout
-    return backends.get(name).supports(case.state, case.network, device, layout) is None
+    backend, layout = backends.get(name), case.layout
+    return backend.supports(case.state, case.network, device, layout) is None
 
 
 # -- the gate --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ class Buffers:
             *(self.x, self.seeds, *self._extras),
             *(*self._held.tensors, *self._held.views),
         ]
-        self._places = [tensor.data_ptr() for tensor in self._mine]
+        self._places = _places(self._mine)
         self._uncapturable = _uncapturable(self._held.cond, call.x.device)
         self._spent: int | None = None  # the version of x as a run left it
         self._fits: Spec | None = None  # the spec that was last found to be this run's
@@ -179,11 +179,12 @@ class Buffers:
                 "sample: these buffers were given up, since the network wrote to its input, which "
                 "is their memory. Make new ones: sampler.buffers(...)."
             )
-        moved = [tensor.data_ptr() for tensor in self._mine] != self._places
+        moved = _places(self._mine) != self._places
         if moved or not self._run.in_place() or self._held.replaced():
             raise RuntimeError(
-                "sample: buffers stay where they lie; got one that was replaced or moved. Write "
-                "into it, as by buffers.x.copy_(...); make new ones for other shapes."
+                "sample: buffers stay where they lie; got one that was replaced, moved or given "
+                "another shape. Write into it, as by buffers.x.copy_(...); make new ones for other "
+                "shapes."
             )
         if any(tensor.requires_grad for tensor in self._mine):
             raise ValueError(
@@ -263,6 +264,10 @@ def _check_unrecorded(device: torch.device) -> None:
 
 _ALONE = "sample: buffers are made and run by themselves"
 _ADVICE = "Call the sampler itself there: it becomes part of what is around it."
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, torch.Size]]:
+    return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
 
 
 def _uncapturable(cond: Any, device: torch.device) -> Exception | None:

@@ -19,9 +19,10 @@ from ..bench import jobs, records, roofline, tables
 from ..bench.counts import instructions
 from ..bench.jobs import Asked
 from ..bench.machine import machine
+from ..bench.rows import MOST_OUTPUTS
 from ..bench.runs import Bench, Job, Run, Setting
 from .errors import Commands, Failure, say
-from .shared import COUNT, JSON_FILE, Command, check_folder, loaded, optional, output
+from .shared import COUNT, JSON_FILE, Command, check_writable, loaded, optional, output
 from .types import Dtypes, Names, Numbers, Picture, Real, Sizes, Whole
 
 _NOISE = {"without": (False,), "with": (True,), "both": (False, True)}
@@ -106,7 +107,10 @@ _BACKENDS = click.option(
     help="`fastdiff doctor` lists them. [default: those that run here]",
 )
 _TERMS = click.option(
-    "--terms", default="2", type=Numbers(1), help="M: network outputs combined, the new one too."
+    "--terms",
+    default="2",
+    type=Numbers(1, MOST_OUTPUTS),
+    help="M: network outputs combined, the new one too.",
 )
 _NOISY = click.option(
     "--noise", default="without", type=click.Choice(tuple(_NOISE)), help="Whether rows draw."
@@ -164,9 +168,7 @@ def _how(
 
 def _check_results(path: Path) -> None:
     """Refuses a file that cannot be added to, before anything is timed."""
-    check_folder(path, "--json")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--json: a file is needed; got {path}, which is none.")
+    check_writable(path, "--json")
     try:
         found = records.read(path)
     except (ValueError, OSError) as error:
@@ -186,8 +188,10 @@ def _run(name: str, how: _How, made: Sequence[Job], table: Callable[..., str]) -
         known = dict(how.setting.about).get("instructions")
         if known:
             run.notes.append(f"The compiled core runs {known} code here.")
-        run.go([replace(job, threads=how.threads) for job in made], how.budget)
-        say(run.page())
+        try:
+            run.go([replace(job, threads=how.threads) for job in made], how.budget)
+        finally:  # whoever breaks off after minutes wants what was measured
+            say(run.page())
         if run.refused or run.lost:
             raise Failure(
                 f"bench {name}: {run.refused} gates stayed shut and {len(run.lost)} rivals or jobs "

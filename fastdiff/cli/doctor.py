@@ -12,6 +12,7 @@ import torch
 
 import fastdiff as fd
 
+from ..backends import choice
 from .errors import Failure, say
 from .shared import columns
 
@@ -56,17 +57,20 @@ def _choice(device: torch.device, measure: bool, out: Path | None) -> str:
     """Which backend serves on a device, and why."""
     names = fd.backends.rivals(device)
     if len(names) < 2:
-        return f"{device}: {names[0] if names else 'torch'} serves. Nothing is to be chosen."
+        none = " Nothing was measured." if measure else ""
+        return f"{device}: {names[0] if names else 'torch'} serves. Nothing is to be chosen.{none}"
     if measure:
         try:
             fd.backends.measure(device, out)
         except OSError as error:
             raise Failure(f"--measure: the times cannot be kept ({error}).") from error
-    table = fd.backends.table(device)
+    by_name = choice.asked() == "name"
+    table = None if by_name else fd.backends.table(device)
     if table is None:
+        why = "FASTDIFF_CHOOSE=name" if by_name else "`fastdiff doctor --measure` times them"
         return (
             f"{device}: {names[0]} serves before {', '.join(names[1:])}, by the order of the "
-            "names. `fastdiff doctor --measure` times them."
+            f"names. {why}."
         )
     head = f"{device}: the fastest of {', '.join(names)} serves. Times: {table.source}."
     rows = [["state", "noise", "size", *(f"{name}, us" for name in names), "serves"]]

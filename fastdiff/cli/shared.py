@@ -100,6 +100,16 @@ def output(path: Path, option: str = "--out") -> Iterator[BinaryIO]:
         yield file
 
 
+class _Tried(Exception):
+    """Ends the block of a file that is not to be written yet."""
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Refuses a file that cannot be written, and leaves what stands there."""
+    with contextlib.suppress(_Tried), output(path, option):
+        raise _Tried
+
+
 def check_folder(path: Path, option: str) -> None:
     """Refuses a file whose folder does not exist."""
     if not path.parent.is_dir():

@@ -92,8 +92,8 @@ class Numbers(click.ParamType):
 
     name = "N,N-N,..."
 
-    def __init__(self, least: int) -> None:
-        self.least = least
+    def __init__(self, least: int, most: int = MOST) -> None:
+        self.least, self.most = least, most
 
     def convert(self, value: Any, param: Parameter, ctx: Context) -> tuple[int, ...]:
         numbers: list[int] = []
@@ -102,13 +102,13 @@ class Numbers(click.ParamType):
             ends = (first, last or first)
             if not all(end.isascii() and end.isdecimal() for end in ends):
                 self.fail(f"{value!r} is not a list of numbers such as 0-9 or 3,5.", param, ctx)
-            start, stop = (int(end) if len(end) < 100 else MOST + 1 for end in ends)
+            start, stop = (int(end) if len(end) < 100 else self.most + 1 for end in ends)
             if stop < start or start < self.least:
                 self.fail(
                     f"{part.strip()!r} in {value!r}: ranges grow, from {self.least} on.", param, ctx
                 )
-            if stop > MOST or len(numbers) > MOST:
-                self.fail(f"the list ends at {MOST}, in number and in length.", param, ctx)
+            if stop > self.most or len(numbers) > MOST:
+                self.fail(f"the list ends at {self.most}, in number and in length.", param, ctx)
             numbers += range(start, stop + 1)
         return tuple(numbers)
 

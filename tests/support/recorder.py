@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import threading
 from collections import Counter
 
 import torch
@@ -23,7 +24,8 @@ class Recorder:
 
     Attributes:
         here: The current stream of every thread.
-        side: The stream that it captures on; None: the caller's.
+        side: The stream that it captures on; None: the caller's, which other threads see
+            free: a device's capturer has a stream of its own for each thread.
         waits: Each wait, as (who, for whom).
         waited: Called with each wait when it is made.
         captures: Streams that somebody records, each with what tells his graph from others.
@@ -34,6 +36,7 @@ class Recorder:
         self.here, self.side = "stream 0", None
         self.waits, self.waited = [], lambda who, whom: None
         self.captures = {}
+        self._ours = {}  # the threads that record on their caller's stream, by stream
         self.settled = 0  # times that a launched replay was waited for
         self.facts = None
         self.failure = None  # raised at the end of a recording
@@ -63,6 +66,8 @@ class Recorder:
         self.waited(stream, earlier)
 
     def capture(self, stream):
+        if self._ours.get(stream, threading.get_ident()) != threading.get_ident():
+            return None
         return self.captures.get(stream)
 
     @contextlib.contextmanager
@@ -107,8 +112,14 @@ class Recorder:
             raise self.synchronises
 
     def record(self, device, body, pool):
-        with self.recording(self.side or self.here, object()):
-            body()
+        stream = self.side or self.here
+        if self.side is None:
+            self._ours[stream] = threading.get_ident()
+        try:
+            with self.recording(stream, object()):
+                body()
+        finally:
+            self._ours.pop(stream, None)
         for tensor in self.poison():
             tensor.fill_(float("nan"))
         if self.failure is not None:

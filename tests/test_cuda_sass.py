@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads and stores in the machine code of the CUDA kernels; needs cuobjdump, and no GPU."""
+
+import re
+import shutil
+
+import pytest
+from support import sass
+from support.sass import Instruction
+
+
+@pytest.fixture(scope="module", params=sass.ARCHITECTURES)
+def stages(request, tmp_path_factory) -> dict[str, list[Instruction]]:
+    """The stage kernels of an architecture, by name."""
+    path = sass.module_with(request.param, tmp_path_factory.mktemp("sass"))
+    if path is None:
+        pytest.skip("needs cuobjdump, and the CUDA module built for it or nvcc")
+    found = {
+        name: sass.instructions(text)
+        for name, text in sass.dumped(path, request.param).items()
+        if "stage" in name
+    }
+    assert len(found) in (32, len(sass.SOME))
+    return found
+
+
+def wide_stores(kernel: str) -> int:
+    """Stores of 16 bytes that a kernel has at least.
+
+    x, push and push_x without e, and e with it: 7, which float64 doubles; m in float32 and, twice,
+    in float64, without e and with it: 6.
+    """
+    return (14 if "RowId" in kernel else 7) + 6
+
+
+@pytest.mark.slow
+def test_whole_quads_are_stored_at_once(stages):
+    for name, code in stages.items():
+        assert sass.split_quads(code, "STG") == [], name
+        stores = [i for i in code if re.match(r"STG\.E(\.\w+)*\.128", i.code)]
+        assert len(stores) >= wide_stores(name), name
+
+
+@pytest.mark.slow
+def test_whole_quads_are_loaded_at_once(stages):
+    for name, code in stages.items():
+        assert sass.split_quads(code, "LDG") == [], name
+        assert any(re.match(r"LDG\.E(\.\w+)*\.128", i.code) for i in code), name
+
+
+def loads_ahead(kernel: str) -> int:
+    """x, e and three terms; two outputs, where they are as wide; float64 takes twice as many."""
+    state, out = re.search(r"RowI([fd])EE(?:NS_)?(\w)", kernel).groups()
+    wide = {"f": 2, "d": 4}.get(out, 0)
+    return (5 if state == "f" else 10) + wide
+
+
+@pytest.mark.slow
+def test_loads_of_a_quad_are_under_way_together(stages):
+    shared = {name: code for name, code in stages.items() if "stage_shared" in name}
+    assert len(shared) in (16, 3)
+    for name, code in shared.items():
+        assert sass.loads_in_flight(code) >= loads_ahead(name), name
+
+
+# -- noise -----------------------------------------------------------------------------------------
+
+NOISE = """
+#include "philox.h"
+__global__ void quad(const uint64_t* seed, float4* z, uint32_t stream) {
+    const uint64_t q = blockIdx.x * 256ull + threadIdx.x;
+    float v[4];
+    fastdiff::normal_quad(*seed, stream, q, v);
+    z[q] = make_float4(v[0], v[1], v[2], v[3]);
+}
+__global__ void root(float* v) { *v = fastdiff::ScalarLanes::sqrt(*v); }
+__global__ void whole_root(float* v) { *v = __fsqrt_rn(*v); }
+"""
+
+
+def newton(code: list[Instruction]) -> str:
+    """What follows from a reciprocal root by products and sums alone, as a formula."""
+    known: dict[str, str] = {}
+    last = ""
+    for i in code:
+        operands = [o.removesuffix(".reuse") for o in i.operands]
+        if i.name == "MUFU":
+            known = {operands[0]: "r", operands[1]: "v"}
+        elif i.name in {"FMUL", "FFMA"} and known:
+            terms = [known.get(o.lstrip("-"), o).join(["-" * o.startswith("-"), ""])
+                     for o in operands[1:]]  # fmt: skip
+            last = f"{i.name}({', '.join(sorted(terms[:2]) + terms[2:])})"
+            known[operands[0]] = last
+    return last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_a_counter_takes_few_instructions_and_the_root_of_the_whole_range(arch, tmp_path):
+    if shutil.which("nvcc") is None or sass.tool("cuobjdump") is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    code = sass.dumped(sass.compiled(NOISE, arch, tmp_path), arch)
+    quad, root, whole = (
+        sass.instructions(next(text for name, text in code.items() if f"{len(k)}{k}P" in name))
+        for k in ("quad", "root", "whole_root")
+    )
+    count = [i.name for i in quad].index("EXIT")
+    assert count <= 185
+    assert not any(i.jumps for i in quad[:count])  # two roots, and no test of their range
+    assert newton(root).startswith("FFMA(")
+    assert newton(root) == newton(whole[: [i.name for i in whole].index("EXIT")])
+
+
+# -- what counts as split --------------------------------------------------------------------------
+
+QUAD = """
+        /*0000*/              @P0 BRA 0x60 ;
+        /*0010*/              @{a} STG.E desc[UR6][R4.64], R8 ;
+        /*0020*/              {between} ;
+        /*0030*/              @{b} STG.E desc[UR6][R4.64+0x8], R10 ;
+        /*0040*/              @{a} STG.E desc[UR6][R4.64+0x4], R9 ;
+        /*0050*/              @{b} STG.E desc[UR6][R4.64+0xc], R11 ;
+        /*0060*/              EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "between", "split"),
+    [
+        ("P1", "P1", "FADD R1, R2, R3", True),
+        ("!PT", "!PT", "FADD R1, R2, R3", True),
+        ("P1", "!P1", "FADD R1, R2, R3", False),
+        ("P1", "P2", "FADD R1, R2, R3", False),
+        ("P1", "P1", "ISETP.GT.AND P1, PT, R2, 0x1, PT", False),
+        ("P1", "P1", "IMAD.WIDE R4, R2, 0x4, R6", False),
+        ("P1", "P1", "@P2 BRA 0x10", False),
+    ],
+)
+def test_a_split_quad_is_told_from_single_elements(a, b, between, split):
+    code = sass.instructions(QUAD.format(a=a, b=b, between=between))
+    assert len(code) == 7
+    assert bool(sass.split_quads(code, "STG")) == split
