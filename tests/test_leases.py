@@ -17,7 +17,7 @@ import fastdiff as fd
 from fastdiff.engine import driver, streams
 from fastdiff.engine.job import job_of
 from fastdiff.engine.leases import Leases
-from fastdiff.engine.recordings import check_seeds, one_capture
+from fastdiff.engine.recordings import check_placed, one_capture
 from fastdiff.engine.run import Run
 from fastdiff.guidance import UNGUIDED
 
@@ -290,16 +290,31 @@ def test_seeds_of_a_recording_lie_on_the_device(recorder):
     sampler, x = fd.Sampler(network, plan_of("ddpm"), graph=None), torch.randn(2, 5)
     seeds = torch.tensor([4, 5])
     expected = sampler(x, seed=seeds)
-    says = r"int64 tensor on the device.*got seed=4"
+    says = r"int64 tensor on the device.*got 4\."
     with recorder.recording("stream 0", "his"), pytest.raises(RuntimeError, match=says):
         sampler(x, seed=4)
     assert torch.equal(sampler(x, seed=4), expected)
     with recorder.recording("stream 0", "his"):
         assert torch.equal(sampler(x, seed=seeds), expected)
-        check_seeds(torch.device("cpu"), seeds)
-        with pytest.raises(RuntimeError, match=r"on the device.*got seed=a tensor on meta\."):
-            check_seeds(torch.device("cpu"), seeds.to("meta"))  # who is elsewhere is copied
-    check_seeds(torch.device("cpu"), seeds.to("meta"))
+        check_placed(torch.device("cpu"), "seed", seeds)
+        with pytest.raises(RuntimeError, match=r"on the device.*got a tensor on meta\."):
+            check_placed(
+                torch.device("cpu"), "seed", seeds.to("meta")
+            )  # who is elsewhere is copied
+    check_placed(torch.device("cpu"), "seed", seeds.to("meta"))
+
+
+def test_extras_of_a_recording_lie_on_the_device(recorder):
+    stages = (fd.Stage(t=1.0, b=(1.0,), r=(2.0,)),)
+    sampler = fd.Sampler(network, fd.Plan(stages=stages, times=(1.0, 0.0)), graph=None)
+    x = torch.randn(2, 5)
+    expected = sampler(x, extras=[0.5])
+    says = r"extras\[0\]= is on the device.*got 0\.5\."
+    with recorder.recording("stream 0", "his"), pytest.raises(RuntimeError, match=says):
+        sampler(x, extras=[0.5])
+    sampler(x, extras=[torch.full_like(x, 0.5)])
+    with recorder.recording("stream 0", "another"):
+        assert torch.equal(sampler(x, extras=[torch.full_like(x, 0.5)]), expected)
 
 
 @pytest.mark.parametrize("change", ["cold", "twice", "plan"])

@@ -111,14 +111,15 @@ def check_coefficients(device: torch.device) -> None:
         )
 
 
-def check_seeds(device: torch.device, seed: Any) -> None:
-    """Raises where seeds would be copied to a device while somebody records a graph."""
-    placed = isinstance(seed, torch.Tensor)
-    if placed and seed.device == device:
+def check_placed(device: torch.device, name: str, given: Any) -> None:
+    """Raises where seeds or extras would be copied to a device while somebody records a graph."""
+    placed = isinstance(given, torch.Tensor)
+    if placed and given.device == device:
         return
     if _others(device):
-        got = f"a tensor on {seed.device}" if placed else repr(seed)
+        got = f"a tensor on {given.device}" if placed else repr(given)
+        kind = "an int64 tensor on the device, one a sample," if name == "seed" else "on the device"
         raise RuntimeError(
-            "sample: inside a graph that you record, seeds are an int64 tensor on the device, one "
-            f"a sample, which every replay reads; got seed={got}. Make it before the recording."
+            f"sample: inside a graph that you record, {name}= is {kind} where every replay reads "
+            f"it; got {got}. Make it before the recording."
         )

@@ -19,7 +19,7 @@ from .. import backends
 from ..guidance import Guidance, guided_rows
 from ..plans import AT_E, CLIP, THRESHOLD, WRITES_M, Layout, PackedRow, Plan, encode
 from .call import Call, check_given, check_xi, seeds_on
-from .recordings import check_coefficients, check_seeds
+from .recordings import check_coefficients, check_placed
 from .streams import Use
 
 
@@ -249,7 +249,7 @@ class Run:
         if call.xi is not None:
             check_xi(call.xi, len(plan.stages), registers.x)
         elif plan.stochastic and registers.seeds is not None:
-            check_seeds(self.spec.device, call.seed)
+            check_placed(self.spec.device, "seed", call.seed)
             seeds = seeds_on(self.spec.device, call.seed, batch)
             registers.seeds[:batch].copy_(seeds, non_blocking=True)
         for i, given in enumerate(call.extras):
@@ -262,6 +262,7 @@ class Run:
         assert self.registers.bank is not None
         entry = self.registers.bank[i]
         batch = min(x.shape[0], entry.shape[0])
+        check_placed(self.spec.device, f"extras[{i}]", given)
         try:
             given = (
                 given if isinstance(given, torch.Tensor) else torch.as_tensor(given, device="cpu")
