@@ -17,6 +17,20 @@ FASTDIFF_HD void reread() {
 #endif
 }
 
+// What stands in shared memory, with its address in a register: each block of code would make that
+// address anew, which takes three instructions and a special register.
+template <class A>
+FASTDIFF_HD const A& kept_address(const A& shared) {
+#if defined(__CUDA_ARCH__)
+    const A* p = &shared;
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isShared(p));
+    return *p;
+#else
+    return shared;
+#endif
+}
+
 FASTDIFF_HD int64_t quads_of(int64_t size) { return (size + 3) / 4; }
 
 FASTDIFF_HD int64_t divide(int64_t a, int64_t b) {
@@ -99,8 +113,9 @@ FASTDIFF_HD bool wide_samples(const Launch& l) {
 // A thread of the launch in which all samples run one row. A gapless batch is one long sample where
 // nothing, neither noise nor a scale nor a shared bank, tells samples apart.
 template <class S, class R>
-FASTDIFF_HD void shared_thread(const Launch& l, const Placed<R>& at, int64_t thread,
+FASTDIFF_HD void shared_thread(const Launch& l, const Placed<R>& placed, int64_t thread,
                                int64_t threads) {
+    const Placed<R>& at = kept_address(placed);
     const R& row = at.row;
     const StageArgs& a = l.args;
     const bool gapless = a.out == nullptr || a.out_stride == a.size || a.batch == 1;
