@@ -56,19 +56,20 @@ def test_whole_quads_are_loaded_at_once(stages):
         assert any(re.match(r"LDG\.E(\.\w+)*\.128", i.code) for i in code), name
 
 
-def loads_ahead(kernel: str) -> int:
+def loads_ahead(kernel: str, with_e: bool) -> int:
     """x, e and three terms; two outputs, where they are as wide; float64 takes twice as many."""
     state, out = re.search(r"RowI([fd])EE(?:NS_)?(\w)", kernel).groups()
     wide = {"f": 2, "d": 4}.get(out, 0)
-    return (5 if state == "f" else 10) + wide
+    return (4 + with_e) * (1 if state == "f" else 2) + wide
 
 
 @pytest.mark.slow
-def test_loads_of_a_quad_are_under_way_together(stages):
+def test_loads_of_a_quad_are_under_way_together(stages, request):
     shared = {name: code for name, code in stages.items() if "stage_shared" in name}
     assert len(shared) in (16, 3)
+    with_e = request.node.callspec.params["stages"] != "sm_80"  # there e is loaded apart
     for name, code in shared.items():
-        assert sass.loads_in_flight(code) >= loads_ahead(name), name
+        assert sass.loads_in_flight(code) >= loads_ahead(name, with_e), name
 
 
 # -- noise -----------------------------------------------------------------------------------------
