@@ -49,6 +49,8 @@ struct Row {
     Term<T> extra[kMaxExtras];
 
     FASTDIFF_HD bool reads_bank() const { return extras > 0; }
+    // Whether e is read or written.
+    FASTDIFF_HD bool has_e() const { return loads_e || (flags & kWritesE); }
     // Whether something beside the noise tells the samples of one row apart.
     FASTDIFF_HD bool scaled() const { return false; }
 };

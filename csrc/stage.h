@@ -13,6 +13,8 @@
 //                 registers) or when it is added (where it is read);
 //   kOutputs,     how many outputs and terms are loaded before any arithmetic, so that their
 //   kTerms        latencies overlap; those beyond are loaded where they are added;
+//   kKeepsX       whether the x that a row pushes is kept from the start, or read again: to keep it
+//                 may cost registers;
 //   kThresholds   whether it has scale(), the sample's s, and divide(V, T). Rows that threshold run
 //                 on such alone.
 #pragma once
@@ -50,7 +52,7 @@ FASTDIFF_HD typename IO::V noise_of(const Row<T>& row, const IO& io) {
     return xi;
 }
 
-// The first outputs and terms of a row.
+// The first outputs and terms of a row, as far as it has them.
 template <class IO>
 struct Ahead {
     typename IO::V out[IO::kOutputs + 1], term[IO::kTerms + 1];
@@ -113,15 +115,15 @@ FASTDIFF_HD typename IO::V multiplied(const R& row, const IO& io, typename IO::V
 }
 
 // The y of what `io` stands at, not yet limited. x and e by value: with a reference to either a GPU
-// would keep both in memory.
-template <class R, class IO>
+// would keep both in memory. kHasE as in `update`.
+template <bool kHasE, class R, class IO>
 FASTDIFF_HD typename IO::V form(const R& row, const IO& io, const Ahead<IO>& ahead,
                                 typename IO::V x, typename IO::V e) {
     using T = typename R::Number;
     using V = typename IO::V;
     V h = outputs_of(row, io, ahead);
     if (row.p != T(0)) {
-        if (row.flags & kAtE) {
+        if (kHasE && (row.flags & kAtE)) {
             h = io.fma(row.p, e, h);
         } else {
             h = io.fma(row.p, x, h);
@@ -130,7 +132,7 @@ FASTDIFF_HD typename IO::V form(const R& row, const IO& io, const Ahead<IO>& ahe
     if constexpr (R::kGrown) {
         if (row.into_y > 0) {
             V point = x;
-            if (row.flags & kAtE) point = e;
+            if (kHasE && (row.flags & kAtE)) point = e;
             h = multiplied(row, io, point, h);
         }
     }
@@ -189,7 +191,7 @@ FASTDIFF_HD V products_of(const GrownRow<T>& row, const IO& io, int from, int to
 
 // The update of what `io` stands at: one element or a pack of them. Every load precedes every
 // store but that of push_x, so x', e', the pushes and m' may overwrite what the same elements were
-// read from.
+// read from. kHasE: the row `has_e`.
 template <bool kHasE, class R, class IO>
 FASTDIFF_HD void update(const R& row, const IO& io) {
     using V = typename IO::V;
@@ -198,12 +200,12 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
     V xi = io.zero(), y = io.zero();
     if (IO::kNoiseFirst && row.loads_xi) xi = noise_of(row, io);
     Ahead<IO> ahead;
-    if (row.loads_x) x = io.x();
-    if (row.loads_e) e = io.e();
+    if (row.loads_x || (IO::kKeepsX && row.push_x >= 0)) x = io.x();
+    if (kHasE && row.loads_e) e = io.e();
     load_outputs(row, io, ahead);
     load_terms(row, io, ahead);
     if (row.flags & kEvaluate) {
-        h = form(row, io, ahead, x, e);
+        h = form<kHasE>(row, io, ahead, x, e);
         if constexpr (R::kGrown) y = h;
         if constexpr (IO::kThresholds) {
             if (row.flags & kThreshold) {
@@ -220,14 +222,14 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
                 }
                 if (row.u != T(0)) {
                     V point = x;
-                    if (row.flags & kAtE) point = e;
+                    if (kHasE && (row.flags & kAtE)) point = e;
                     h = io.fma(row.u, point, h);
                 }
             }
         }
     }
     if (row.x_reads & kReadsX) x_next = io.fma(row.a_x, x, x_next);
-    if (row.x_reads & kReadsE) x_next = io.fma(row.a_e, e, x_next);
+    if (kHasE && (row.x_reads & kReadsE)) x_next = io.fma(row.a_e, e, x_next);
     if (row.x_reads & kReadsH) x_next = io.fma(b_0_of(row, io), h, x_next);
     if (kHasE) {
         if (row.e_reads & kReadsX) e_next = io.fma(row.d_x, x, e_next);
@@ -265,12 +267,12 @@ FASTDIFF_HD void update(const R& row, const IO& io) {
             e_next = products_of<false>(row, io, row.into_x, row.products, of, e_next, fresh);
         }
     }
-    if (row.push_x >= 0) io.put_push_x(io.x());  // again: to keep it would cost registers
+    if (row.push_x >= 0) io.put_push_x(IO::kKeepsX ? x : io.x());
     if (row.flags & kWritesX) io.put_x(x_next);
-    if (kHasE) io.put_e(e_next);
+    if (kHasE && (row.flags & kWritesE)) io.put_e(e_next);
     if (row.push >= 0) io.put_push(h);
     if (row.writes_m) {
-        if (kHasE) {
+        if (kHasE && (row.flags & kWritesE)) {
             x = e_next;
         } else if (row.flags & kWritesX) {
             x = x_next;
@@ -312,7 +314,7 @@ struct Span {
 template <class T, class S>
 struct Element {
     using V = T;
-    static constexpr bool kNoiseFirst = false, kThresholds = true;
+    static constexpr bool kNoiseFirst = false, kKeepsX = false, kThresholds = true;
     static constexpr int kOutputs = 0, kTerms = 0;
     const Span<T, S>& at;
     int64_t i;

@@ -2,8 +2,8 @@
 """Counter-based normals inside a Triton kernel: the bits of `csrc/philox.h`.
 
 Every product and sum below is one rounding, as there: the kernels are launched without fp fusion
-and fuse with `tl.fma` where the definition does. Cost: about 170 instructions a counter, which
-makes four normals; no memory.
+and fuse with `tl.fma` where the definition does. Cost: about 190 instructions a counter, which
+makes four normals, what a root takes out of its range included; no memory.
 """
 
 import triton
@@ -52,24 +52,26 @@ def _horner(p, x, c: tl.constexpr):
 @triton.jit
 def normal_pair(word_a, word_b):
     """Box-Muller: r cos(2 pi u_b), r sin(2 pi u_b) with r = sqrt(-2 log u_a), float32."""
-    # u_a = m 2^k with m in [2/3, 4/3); log u = k log 2 + log1p(m - 1); all times -2
-    u = ((word_a >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-07
-    bits = u.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F2AAAAB) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = tl.full(f.shape, -0.1288565695285797, tl.float32)
-    p = _horner(p, f, 0.13986897468566895)
-    p = _horner(p, f, -0.12185713648796082)
-    p = _horner(p, f, 0.14005306363105774)
-    p = _horner(p, f, -0.1668037623167038)
-    p = _horner(p, f, 0.2001044601202011)
-    p = _horner(p, f, -0.24999800324440002)
-    p = _horner(p, f, 0.3333321511745453)
+    # u_a = m 2^k with m in [2/3, 4/3); log u = k log 2 + log1p(m - 1); all times -2. u is set
+    # together as bits, which is exact, and k is kept times 2^23
+    u = ((word_a >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+    bits = u.to(tl.uint32, bitcast=True)
+    k = (bits - 0x3F2AAAAB) & 0xFF800000
+    f = (bits - k).to(tl.float32, bitcast=True) - 1.0
+    p = tl.full(f.shape, 0.2577131390571594, tl.float32)
+    p = _horner(p, f, -0.2797379493713379)
+    p = _horner(p, f, 0.24371427297592163)
+    p = _horner(p, f, -0.2801061272621155)
+    p = _horner(p, f, 0.3336075246334076)
+    p = _horner(p, f, -0.4002089202404022)
+    p = _horner(p, f, 0.49999600648880005)
+    p = _horner(p, f, -0.6666643023490906)
     ff = f * f
-    tail = tl.fma(ff * f, p * -2.0, ff)
+    tail = tl.fma(ff * f, p, ff)
     mantissa = tl.fma(f, tl.full(f.shape, -2.0, tl.float32), tail)
-    minus_2_log_2 = tl.full(f.shape, -1.3862943649291992, tl.float32)
-    r = tl.sqrt_rn(tl.fma(k.to(tl.float32), minus_2_log_2, mantissa))
+    minus_2_log_2 = tl.full(f.shape, -1.6525916635146131739e-07, tl.float32)  # times 2^-23
+    k = k.to(tl.int32, bitcast=True).to(tl.float32)
+    r = tl.sqrt_rn(tl.fma(k, minus_2_log_2, mantissa))
 
     # angle in turns: quadrant q and the rest t in [-1/8, 1/8], both exact
     turn = (word_b >> 9).to(tl.int32)

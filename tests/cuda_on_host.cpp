@@ -106,10 +106,13 @@ template <class R, class S>
 void stage_shared(void** arguments, unsigned blocks) {
     const Launch& l = *static_cast<Launch*>(arguments[0]);
     const int64_t threads = static_cast<int64_t>(blocks) * kThreads;
-    Resolved<R> at;
+    Placed<R> at;
     for (int64_t thread = 0; thread < threads; ++thread) {
-        if (thread % kThreads == 0) resolve_by_warp(l, row_of(l, 0), at);
-        if (at.status == kOk) shared_thread<S>(l, at.row, thread, threads);
+        if (thread % kThreads == 0) {
+            resolve_by_warp(l, row_of(l, 0), at);
+            at.template find_places<S>(Warp{0}, l);
+        }
+        if (at.status == kOk) shared_thread<S>(l, at, thread, threads);
     }
 }
 

@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA backend's machine code, and what only a GPU shows."""
 
-import importlib.machinery
-import importlib.util
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +28,7 @@ from support.rows import (
     table_of,
     written,
 )
+from support.sass import tool
 
 from fastdiff import backends
 from fastdiff.backends import Registers
@@ -43,16 +40,6 @@ CPU = torch.device("cpu")
 
 
 # -- machine code ----------------------------------------------------------------------------------
-
-
-def tool(name: str) -> str | None:
-    """A program of the CUDA toolkit; Triton ships some."""
-    found = shutil.which(name)
-    spec = importlib.util.find_spec("triton")
-    if found is None and spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name
-        found = str(path) if path.exists() else None
-    return found
 
 
 # The most registers of a thread, in the architectures built by default: 65,536 a processor, 256

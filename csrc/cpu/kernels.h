@@ -39,7 +39,7 @@ static void span(const void* row_, void* span_, int64_t lo, int64_t hi) {
     while (lo < hi) {
         const int64_t end = row.draws == 0 || hi - lo <= kBlock ? hi : lo + kBlock;
         draw(row, at, lo, end, z);
-        if (row.flags & kWritesE) {
+        if (row.has_e()) {
             update_range<true>(row, at, lo, end);
         } else if constexpr (R::kGrown) {
             update_range<false>(row, at, lo, end);

@@ -12,7 +12,7 @@ struct Pack {
     struct V {
         Vector<T> v[U];
     };
-    static constexpr bool kNoiseFirst = false;
+    static constexpr bool kNoiseFirst = false, kKeepsX = false;
     static constexpr int kOutputs = 0, kTerms = 0;
     static constexpr bool kThresholds = U == 1;  // a test that other rows need not make
     const Span<T, S>& at;

@@ -28,14 +28,18 @@ __device__ int thread_anew() {
 template <class R, class S>
 __global__ void __launch_bounds__(kThreads, kBlocks<R>)
     stage_shared(const __grid_constant__ Launch l) {
-    __shared__ Resolved<R> at;
+    __shared__ Placed<R> at;
     const int64_t index = row_of(l, 0);
-    if (threadIdx.x < kWarp) at.resolve(Warp{static_cast<int>(threadIdx.x)}, l, index);
+    if (threadIdx.x < kWarp) {
+        const Warp warp{static_cast<int>(threadIdx.x)};
+        at.resolve(warp, l, index);
+        at.template find_places<S>(warp, l);
+    }
     await_predecessors();
     if (threadIdx.x == 0) at.report(l, index);
     __syncthreads();
     if (at.status != kOk) return;
-    shared_thread<S>(l, at.row, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+    shared_thread<S>(l, at, static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
                      static_cast<int64_t>(gridDim.x) * kThreads);
 }
 

@@ -49,6 +49,55 @@ FASTDIFF_HD int64_t again(int64_t v) {
     return v;
 }
 
+// Where the outputs and terms begin that a row reads before any arithmetic, and the slots that it
+// pushes to. A warp finds them once, since products of 64 bits for each quad would be a third of all
+// instructions.
+struct Places {
+    enum : int { kOutputs = 2, kTerms = 3, kPush = kOutputs + kTerms, kPushX, kCount };
+    uint64_t at[kCount];
+
+    // S: what the outputs are.
+    template <class S, class R>
+    FASTDIFF_HD void find(const Warp& warp, const StageArgs& a, const R& row) {
+        using T = typename R::Number;
+        warp.run([&](int lane) {
+            if (lane >= kCount) return;
+            const bool out = lane < kOutputs;
+            int32_t number = lane == kPush ? row.push : row.push_x;
+            if (out) number = lane < row.branches ? row.branch[lane] : 0;
+            if (!out && lane < kPush) {
+                number = lane - kOutputs < row.terms ? row.term[lane - kOutputs].source : 0;
+            }
+            const void* base = out ? a.out : a.history;
+            const int64_t stride = out ? a.out_stride * sizeof(S) : a.size * sizeof(T);
+            at[lane] = reinterpret_cast<uintptr_t>(base) +
+                       static_cast<uint64_t>(number) * static_cast<uint64_t>(a.batch * stride);
+        });
+    }
+    template <class E>
+    FASTDIFF_HD E* of(int place) const {
+        E* p = reinterpret_cast<E*>(static_cast<uintptr_t>(at[place]));
+#if defined(__CUDA_ARCH__)
+        __builtin_assume(__isGlobal(p));
+#endif
+        return p;
+    }
+};
+
+// A row that all samples share, and its places. One warp resolves it, as a Resolved.
+template <class R>
+struct Placed : Resolved<R> {
+    Places places;
+
+    template <class S>
+    FASTDIFF_HD void find_places(const Warp& warp, const Launch& l) {
+#if defined(__CUDA_ARCH__)
+        __syncwarp();  // lanes wrote the row
+#endif
+        if (this->status == kOk) places.template find<S>(warp, l.args, this->row);
+    }
+};
+
 // Where a quad stands. kWide: it is whole and every address allows `Four`. kAhead: what most rows
 // read is loaded before any arithmetic, which takes registers.
 template <bool kWide, bool kAhead, class R, class S>
@@ -57,8 +106,9 @@ struct Quad {
     struct V {
         T v[4];
     };
-    static constexpr bool kNoiseFirst = true, kThresholds = true;
-    static constexpr int kOutputs = kAhead ? 2 : 0, kTerms = kAhead ? 3 : 0;
+    static constexpr bool kNoiseFirst = true, kKeepsX = kAhead, kThresholds = true;
+    static constexpr int kOutputs = kAhead ? Places::kOutputs : 0;
+    static constexpr int kTerms = kAhead ? Places::kTerms : 0;
     const StageArgs& a;
     const R& row;
     int64_t i;  // its first element in a register
@@ -68,6 +118,7 @@ struct Quad {
     const T* s;        // the sample's scale, where the row thresholds
     const T* scalars;  // its row of S; null: each counts as 1
     int count;         // elements, 1 to 4
+    const Places* places;  // null without kAhead
 
     template <class E>
     FASTDIFF_HD V read(const E* p) const {
@@ -124,9 +175,11 @@ struct Quad {
     FASTDIFF_HD V x() const { return read(static_cast<const T*>(a.x) + i); }
     FASTDIFF_HD V e() const { return read(static_cast<const T*>(a.e) + i); }
     FASTDIFF_HD V out(int g) const {
+        if (g < kOutputs) return read(places->of<const S>(g) + o);
         return read(static_cast<const S*>(a.out) + (row.branch[g] * a.batch * a.out_stride + o));
     }
     FASTDIFF_HD V term(int j) const {
+        if (j < kTerms) return read(places->of<const T>(Places::kOutputs + j) + i);
         return read(static_cast<const T*>(a.history) + (row.term[j].source * registers() + i));
     }
     FASTDIFF_HD V slot(int s) const {
@@ -151,11 +204,13 @@ struct Quad {
     }
     FASTDIFF_HD void put_x(const V& v) const { write(static_cast<T*>(a.x) + i, v); }
     FASTDIFF_HD void put_e(const V& v) const { write(static_cast<T*>(a.e) + i, v); }
-    FASTDIFF_HD void put_push(const V& v) const {
-        write(static_cast<T*>(a.history) + (row.push * registers() + i), v);
-    }
+    FASTDIFF_HD void put_push(const V& v) const { write(pushed(Places::kPush, row.push), v); }
     FASTDIFF_HD void put_push_x(const V& v) const {
-        write(static_cast<T*>(a.history) + (row.push_x * registers() + i), v);
+        write(pushed(Places::kPushX, row.push_x), v);
+    }
+    FASTDIFF_HD T* pushed(int place, int32_t slot) const {
+        if (kAhead) return places->of<T>(place) + i;
+        return static_cast<T*>(a.history) + (slot * registers() + i);
     }
     FASTDIFF_HD void put_m(const V& v) const {
         FASTDIFF_ROLLED
@@ -174,13 +229,14 @@ struct Quad {
 // The quad q of sample b, of `count` elements.
 template <bool kWide, bool kAhead, class R, class S>
 FASTDIFF_HD Quad<kWide, kAhead, R, S> quad_at(const Launch& l, const R& row, int64_t b, int64_t q,
-                                              uint64_t seed, int count) {
+                                              uint64_t seed, int count,
+                                              const Places* places = nullptr) {
     using T = typename R::Number;
     const StageArgs& a = l.args;
     const T* scalars = nullptr;
     if (R::kGrown) scalars = static_cast<const T*>(a.scalars) + b * a.scalar_columns;
     return {a,    row, b * a.size + 4 * q,                  b * a.out_stride + 4 * q, q,
-            seed, static_cast<const T*>(l.scale) + b, scalars, count};
+            seed, static_cast<const T*>(l.scale) + b, scalars, count, places};
 }
 
 }  // namespace fastdiff::cuda

@@ -17,6 +17,20 @@ FASTDIFF_HD void reread() {
 #endif
 }
 
+// What stands in shared memory, with its address in a register: each block of code would make that
+// address anew, which takes three instructions and a special register.
+template <class A>
+FASTDIFF_HD const A& kept_address(const A& shared) {
+#if defined(__CUDA_ARCH__)
+    const A* p = &shared;
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isShared(p));
+    return *p;
+#else
+    return shared;
+#endif
+}
+
 FASTDIFF_HD int64_t quads_of(int64_t size) { return (size + 3) / 4; }
 
 FASTDIFF_HD int64_t divide(int64_t a, int64_t b) {
@@ -63,13 +77,15 @@ FASTDIFF_HD void each_quad(int64_t samples, int64_t size, int64_t first, int64_t
 
 // Samples that all run `row`: the quads first, first + stride, ...
 template <bool kHasE, bool kWide, class S, class R>
-FASTDIFF_HD void shared_quads(const Launch& launch, const R& row, bool joined, int64_t first,
-                              int64_t stride) {
+FASTDIFF_HD void shared_quads(const Launch& launch, const Placed<R>& at, bool joined,
+                              int64_t first, int64_t stride) {
+    const R& row = at.row;
     const StageArgs& a = launch.args;
     const int64_t samples = joined ? 1 : a.batch, size = joined ? a.batch * a.size : a.size;
     each_quad(samples, size, first, stride, [&](int64_t b, int64_t q, int count) {
         const uint64_t seed = row.draws > 0 ? a.seeds[b] : 0;
-        update<kHasE>(row, quad_at<kWide, kWide, R, S>(launch, row, b, q, seed, count));
+        update<kHasE>(
+            row, quad_at<kWide, kWide, R, S>(launch, row, b, q, seed, count, &at.places));
     });
 }
 
@@ -97,23 +113,25 @@ FASTDIFF_HD bool wide_samples(const Launch& l) {
 // A thread of the launch in which all samples run one row. A gapless batch is one long sample where
 // nothing, neither noise nor a scale nor a shared bank, tells samples apart.
 template <class S, class R>
-FASTDIFF_HD void shared_thread(const Launch& l, const R& row, int64_t thread,
+FASTDIFF_HD void shared_thread(const Launch& l, const Placed<R>& placed, int64_t thread,
                                int64_t threads) {
+    const Placed<R>& at = kept_address(placed);
+    const R& row = at.row;
     const StageArgs& a = l.args;
     const bool gapless = a.out == nullptr || a.out_stride == a.size || a.batch == 1;
     const bool alike = !row.scaled() && !(row.reads_bank() && a.bank_shared());
     const bool joined = row.draws == 0 && !(row.flags & kThreshold) && gapless && alike;
-    const bool has_e = row.flags & kWritesE;
+    const bool has_e = row.has_e();
     if (wide_samples(l) || (l.aligned && joined && a.batch * a.size % 4 == 0)) {
         if (has_e) {
-            shared_quads<true, true, S>(l, row, joined, thread, threads);
+            shared_quads<true, true, S>(l, at, joined, thread, threads);
         } else {
-            shared_quads<false, true, S>(l, row, joined, thread, threads);
+            shared_quads<false, true, S>(l, at, joined, thread, threads);
         }
     } else if (has_e) {
-        shared_quads<true, false, S>(l, row, joined, thread, threads);
+        shared_quads<true, false, S>(l, at, joined, thread, threads);
     } else {
-        shared_quads<false, false, S>(l, row, joined, thread, threads);
+        shared_quads<false, false, S>(l, at, joined, thread, threads);
     }
 }
 
@@ -121,7 +139,7 @@ FASTDIFF_HD void shared_thread(const Launch& l, const R& row, int64_t thread,
 template <class S, class R>
 FASTDIFF_HD void sample_lane(const Launch& l, const R& row, int64_t b, int64_t c, int lane,
                              int lanes) {
-    const bool has_e = row.flags & kWritesE;
+    const bool has_e = row.has_e();
     if (wide_samples(l)) {
         if (has_e) {
             chunk_quads<true, true, S>(l, row, b, c, lane, lanes);
