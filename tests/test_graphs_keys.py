@@ -154,3 +154,16 @@ def test_a_sampler_inside_a_captured_network_is_part_of_its_graph(recorder):
     assert inner.stats().captures == 0
     own = fd.Sampler(network, plan_of("ddim", 2))
     assert torch.equal(got, fd.sample(lambda x, t: own(x) * 0.5, x, plan))
+
+
+def test_extras_of_a_recording_lie_on_the_device(recorder):
+    stages = (fd.Stage(t=1.0, b=(1.0,), r=(2.0,)),)
+    sampler = fd.Sampler(network, fd.Plan(stages=stages, times=(1.0, 0.0)), graph=None)
+    x = torch.randn(2, 5)
+    expected = sampler(x, extras=[0.5])
+    says = r"extras\[0\]= is on the device.*got 0\.5\."
+    with recorder.recording("stream 0", "his"), pytest.raises(RuntimeError, match=says):
+        sampler(x, extras=[0.5])
+    sampler(x, extras=[torch.full_like(x, 0.5)])
+    with recorder.recording("stream 0", "another"):
+        assert torch.equal(sampler(x, extras=[torch.full_like(x, 0.5)]), expected)

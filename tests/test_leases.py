@@ -304,19 +304,6 @@ def test_seeds_of_a_recording_lie_on_the_device(recorder):
     check_placed(torch.device("cpu"), "seed", seeds.to("meta"))
 
 
-def test_extras_of_a_recording_lie_on_the_device(recorder):
-    stages = (fd.Stage(t=1.0, b=(1.0,), r=(2.0,)),)
-    sampler = fd.Sampler(network, fd.Plan(stages=stages, times=(1.0, 0.0)), graph=None)
-    x = torch.randn(2, 5)
-    expected = sampler(x, extras=[0.5])
-    says = r"extras\[0\]= is on the device.*got 0\.5\."
-    with recorder.recording("stream 0", "his"), pytest.raises(RuntimeError, match=says):
-        sampler(x, extras=[0.5])
-    sampler(x, extras=[torch.full_like(x, 0.5)])
-    with recorder.recording("stream 0", "another"):
-        assert torch.equal(sampler(x, extras=[torch.full_like(x, 0.5)]), expected)
-
-
 @pytest.mark.parametrize("change", ["cold", "twice", "plan"])
 def test_what_a_recording_cannot_make_is_refused(change, recorder):
     """A table is copied from the host, which a graph would repeat out of memory that is gone."""

@@ -146,7 +146,8 @@ struct Selection {
         for (int q = thread; q < quads; q += 2 * threads) {
             reread();
             const bool both = q + threads < quads;
-            const Pair<Q> pair{quad(q), quad(both ? q + threads : q)};
+            // `again`: what follows from q for the first quad takes no registers in the second
+            const Pair<Q> pair{quad(q), quad(both ? again(q) + threads : q)};
             const typename Pair<Q>::V h = form(row, pair);
             tally.add_all(h.a.v, pair.a.count);
             if (both) tally.add_all(h.b.v, pair.b.count);
