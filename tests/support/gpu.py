@@ -47,7 +47,6 @@ def host_core(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if shutil.which(compiler[0]) is None or sys.platform != "linux":
         pytest.skip("needs a C++ compiler on Linux")
-    target = tmp_path_factory.mktemp("cuda_on_host") / "_cuda.so"
     sources = [ROOT / "tests" / "cuda_on_host.cpp"]
     sources += [ROOT / "csrc" / "cuda" / "launch.cpp", ROOT / "csrc" / "bindings" / "cuda.cpp"]
     includes = [
@@ -61,15 +60,31 @@ def host_core(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
         flags.append("-mfma")
     command = [*compiler, *flags, *(f"-I{i}" for i in includes), *map(str, sources)]
-    done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    target = _compiled_once(command, tmp_path_factory.getbasetemp())
     loader = importlib.machinery.ExtensionFileLoader("_cuda", str(target))
     spec = importlib.util.spec_from_loader("_cuda", loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+def _compiled_once(command: list[str], folder: Path) -> Path:
+    """The module that a compiler's command makes, made by one of the workers of a run for all."""
+    import fcntl  # there is none on Windows, where nothing is compiled
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    target = folder / "_cuda_on_host.so"
+    with (folder / "_cuda_on_host.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = folder / "_cuda_on_host.making"
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert done.stderr == ""
+            made.rename(target)
+    return target
 
 
 @pytest.fixture(params=["host", pytest.param("gpu", marks=[gpu, needs_module])])
