@@ -72,6 +72,19 @@ def test_loads_of_a_quad_are_under_way_together(stages, request):
         assert sass.loads_in_flight(code) >= loads_ahead(name, with_e), name
 
 
+@pytest.mark.slow
+def test_a_row_is_resolved_in_few_instructions(stages):
+    """Of compute capability 9.0 and newer, whose kernels then wait for those ahead."""
+    name = next(n for n in stages if "stage_sharedINS_3RowIfEEf" in n)
+    names = [i.name for i in stages[name]]
+    if "ACQBULK" not in names:
+        pytest.skip("no kernel of this architecture waits")
+    before = names[: names.index("ACQBULK")]
+    assert len(before) <= 640  # 598 for 9.0, loading the row and finding the addresses included
+    assert before.count("DSETP") <= 15
+    assert not {"F2I", "I2F"} & set(before)
+
+
 # -- noise -----------------------------------------------------------------------------------------
 
 NOISE = """
