@@ -97,7 +97,7 @@ def test_a_registry_entry_says_what_its_plans_do(name):
     plan = fd.plan(VP, name, 6)
     assert plan.solver == name
     assert plan.stochastic == info.stochastic
-    assert plan.nfe == 6 * info.nfe_per_step
+    assert plan.nfe == 6 * info.nfe_per_step + info.nfe_extra
     assert fd.plan(VP, name, info.least_steps).steps == info.least_steps
     if info.least_steps > 1:
         with pytest.raises(ValueError, match=rf"^{name}: .* needs at least as many steps"):

@@ -16,6 +16,7 @@ def solvers() -> None:
     rows = [["name", "order", "NFE/step", "what", "source"]]
     for name in fd.solvers.names():
         info = fd.solvers.info(name)
-        order, nfe = f"{info.measured_order:g}", f"{info.nfe_per_step:g}"
+        order = "-" if info.measured_order is None else f"{info.measured_order:g}"
+        nfe = f"{info.nfe_per_step:g}" + (f" + {info.nfe_extra:g}" if info.nfe_extra else "")
         rows.append([name, order, nfe, info.summary, info.source])
     click.echo(columns(rows))

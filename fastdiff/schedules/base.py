@@ -185,6 +185,10 @@ class Schedule(abc.ABC):
         """lambda_t = log(alpha_t / sigma_t): half the log signal-to-noise ratio."""
 
     @abc.abstractmethod
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        """lambda_t - lambda_s, the length of the step from s to t, without its cancellation."""
+
+    @abc.abstractmethod
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         """The inverse of `lambda_t`."""
 
@@ -331,6 +335,21 @@ class FromScales(Schedule):
         with np.errstate(divide="ignore", invalid="ignore"):
             sigma = self.sigma(t)
             return 2.0 * sigma * (self.sigma_dot(t) - self.f(t) * sigma)
+
+
+def log_ratio(start: ArrayLike, end: ArrayLike, change: ArrayLike) -> Array:
+    """log(end/start), given change = end - start to its own rounding.
+
+    Args:
+        start: Positive.
+        end: At least 0; the result is -inf at 0.
+        change: end - start where the two are close; where they are not, nothing reads it.
+    """
+    start, end, change = as_array(start), as_array(end), as_array(change)
+    near = np.abs(change) < 0.5 * start
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        apart = np.log(end) - np.log(start)
+        return np.where(near, np.log1p(np.where(near, change / start, 0.0)), apart)
 
 
 def scale_of_unit_data(schedule: Schedule, t: float) -> float:

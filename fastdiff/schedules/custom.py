@@ -160,6 +160,10 @@ class Custom(ScaledTime, FromScales):
         with np.errstate(divide="ignore"):
             return np.log(self.alpha(t)) - np.log(self.sigma(t))
 
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        """lambda_t - lambda_s, as accurate as the difference of what the callables return."""
+        return self.lambda_t(t) - self.lambda_t(s)
+
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         """The inverse of `lambda_t`, by bisection to the last float (1100 steps at most)."""
         target = as_array(lambda_t)

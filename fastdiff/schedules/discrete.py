@@ -150,9 +150,21 @@ class VPDiscrete(FromLogAlpha):
     def log_alpha(self, t: ArrayLike) -> Array:
         return np.interp(as_array(t), self._knots, self._log_alpha)
 
+    def log_alpha_rise(self, s: ArrayLike, t: ArrayLike) -> Array:
+        s, t = as_array(s), as_array(t)
+        first, last = self._piece(s), self._piece(t)
+        slope = np.diff(self._log_alpha) * self.num_steps
+        # within a piece the difference of times is exact; between two, knots lie in between
+        over = (s - self._knots[first]) * slope[first] - (t - self._knots[last]) * slope[last]
+        across = self._log_alpha[last] - self._log_alpha[first] - over
+        return np.where(first == last, (t - s) * slope[first], across)
+
+    def _piece(self, t: Array) -> Any:
+        """Number of the piece between two knots in which a time lies."""
+        return np.clip(np.floor(t * self.num_steps).astype(int), 0, self.num_steps - 1)
+
     def log_alpha_dot(self, t: ArrayLike) -> Array:
-        piece = np.clip(np.floor(as_array(t) * self.num_steps).astype(int), 0, self.num_steps - 1)
-        return (np.diff(self._log_alpha) * self.num_steps)[piece]
+        return (np.diff(self._log_alpha) * self.num_steps)[self._piece(as_array(t))]
 
     def t_of_log_alpha(self, log_alpha: Array) -> Array:
         return np.interp(-log_alpha, -self._log_alpha, self._knots)

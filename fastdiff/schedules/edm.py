@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .base import Array, Schedule, Traits, as_array, plain_record, plain_text, positive, real
+from .base import (
+    Array,
+    Schedule,
+    Traits,
+    as_array,
+    log_ratio,
+    plain_record,
+    plain_text,
+    positive,
+    real,
+)
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,9 @@ class EDM(Schedule):
     def lambda_t(self, t: ArrayLike) -> Array:
         with np.errstate(divide="ignore"):
             return -np.log(as_array(t))
+
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        return -log_ratio(s, t, as_array(t) - as_array(s))
 
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         return np.exp(-as_array(lambda_t))

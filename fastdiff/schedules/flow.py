@@ -15,6 +15,7 @@ from .base import (
     ScaledTime,
     Traits,
     as_array,
+    log_ratio,
     plain_record,
     plain_text,
     positive,
@@ -60,6 +61,10 @@ class FlowMatching(ScaledTime, FromScales):
         t = as_array(t)
         with np.errstate(divide="ignore"):
             return np.log1p(-t) - np.log(t)
+
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        s, t = as_array(s), as_array(t)
+        return log_ratio(1.0 - s, 1.0 - t, s - t) - log_ratio(s, t, t - s)
 
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         with np.errstate(over="ignore"):

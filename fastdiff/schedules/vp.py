@@ -19,6 +19,7 @@ from .base import (
     Schedule,
     Traits,
     as_array,
+    log_ratio,
     plain_record,
     plain_text,
     positive,
@@ -38,6 +39,10 @@ class FromLogAlpha(Schedule):
         """log alpha_t <= 0."""
 
     @abc.abstractmethod
+    def log_alpha_rise(self, s: ArrayLike, t: ArrayLike) -> Array:
+        """log alpha_t - log alpha_s, without its cancellation."""
+
+    @abc.abstractmethod
     def log_alpha_dot(self, t: ArrayLike) -> Array:
         """d log alpha / dt <= 0."""
 
@@ -55,6 +60,12 @@ class FromLogAlpha(Schedule):
         log_alpha = self.log_alpha(t)
         with np.errstate(divide="ignore"):
             return log_alpha - 0.5 * np.log(-np.expm1(2.0 * log_alpha))
+
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        rise = self.log_alpha_rise(s, t)
+        # sigma_t² - sigma_s² = alpha_s² - alpha_t²
+        gain = -(self.alpha(s) ** 2) * np.expm1(2.0 * rise)
+        return rise - 0.5 * log_ratio(self.sigma(s) ** 2, self.sigma(t) ** 2, gain)
 
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         return self.t_of_log_alpha(-0.5 * np.logaddexp(0.0, -2.0 * as_array(lambda_t)))
@@ -113,6 +124,11 @@ class VPLinear(ScaledTime, FromLogAlpha):
         t = as_array(t)
         return -(0.25 * (self.beta_max - self.beta_min) * t + 0.5 * self.beta_min) * t
 
+    def log_alpha_rise(self, s: ArrayLike, t: ArrayLike) -> Array:
+        s, t = as_array(s), as_array(t)
+        slope = 0.25 * (self.beta_max - self.beta_min) * (s + t) + 0.5 * self.beta_min
+        return (s - t) * slope
+
     def log_alpha_dot(self, t: ArrayLike) -> Array:
         return -0.5 * (self.beta_min + (self.beta_max - self.beta_min) * as_array(t))
 
@@ -126,6 +142,12 @@ class VPLinear(ScaledTime, FromLogAlpha):
 
     def describe(self) -> str:
         return plain_text(self)
+
+
+def _sine_ratio(start: Array, end: Array, change: Array) -> Array:
+    """log(sin(end)/sin(start)) of angles in [0, pi], given change = end - start."""
+    rise = 2.0 * np.cos(0.5 * (start + end)) * np.sin(0.5 * change)
+    return log_ratio(np.sin(start), np.sin(end), rise)
 
 
 @dataclass(frozen=True)
@@ -177,6 +199,16 @@ class VPCosine(ScaledTime, FromScales):
     def lambda_t(self, t: ArrayLike) -> Array:
         with np.errstate(divide="ignore"):
             return np.log(self.alpha(t)) - np.log(self.sigma(t))
+
+    def h(self, s: ArrayLike, t: ArrayLike) -> Array:
+        s, t = as_array(s), as_array(t)
+        turn_s, turn_t = self._rate * s, self._rate * t
+        turned = self._rate * (t - s)
+        # alpha = sin(rate - turn) / c, sigma² = sin(turn) sin(turn + 2 theta_0) / c²
+        of_alpha = _sine_ratio(self._rate * (1.0 - s), self._rate * (1.0 - t), -turned)
+        of_sigma = _sine_ratio(turn_s, turn_t, turned)
+        wide = 2.0 * self._theta_0
+        return of_alpha - 0.5 * (of_sigma + _sine_ratio(turn_s + wide, turn_t + wide, turned))
 
     def t_of_lambda(self, lambda_t: ArrayLike) -> Array:
         # tan²(theta) = (rho² + sin²(theta_0)) / cos²(theta_0); theta - theta_0 by the tangent rule.

@@ -52,7 +52,7 @@ def moments(schedule: Schedule, form: str, s: float, t: float, count: int) -> Ar
     x0:      J_p =  alpha_t p! h^{p+1} phi_{p+1}(-h); infinite for p > 0 where h is.
     """
     alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
-    h = float(schedule.lambda_t(t) - schedule.lambda_t(s))
+    h = float(schedule.h(s, t))
     values = []
     for p in range(count):
         if form == "epsilon" and h > 30.0:  # sigma_t exp(h) = alpha_t rho_s, without the overflow
@@ -75,8 +75,7 @@ def adams(schedule: Schedule, form: str, s: float, t: float, nodes: Sequence[flo
     j = moments(schedule, form, s, t, len(nodes))
     if len(nodes) == 1:  # defined where lambda_s = -inf, too
         return j
-    lam = schedule.lambda_t(np.asarray(nodes))
-    u = lam - lam[0]
+    u = schedule.h(s, np.asarray(nodes))
     scale = np.abs(u).max()  # conditioning only
     powers = np.arange(len(nodes))
     return np.linalg.solve(np.vander(u / scale, increasing=True).T, j / scale**powers)

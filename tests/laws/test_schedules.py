@@ -232,3 +232,22 @@ def test_a_scale_that_rounding_leaves_is_zero_at_the_end_of_a_grid(grid):
     times = grids.build(schedule, 5, grid)
     assert times[0] == 0.999
     assert np.diff(times).max() < -1e-4  # none of the steps is spent on rounding
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_length_of_a_short_step_is_as_accurate_as_that_of_a_long_one(name):
+    schedule = SCHEDULES[name]
+    t_max, t_min = schedule.t_max, schedule.t_floor
+    t_max -= 0.01 * t_max * np.isinf(schedule.lambda_t(t_max))
+    ends = np.geomspace(t_max, t_min, 9)
+    for s in ends[:-1]:
+        long = float(schedule.h(s, t_min))
+        np.testing.assert_allclose(long, schedule.lambda_t(t_min) - schedule.lambda_t(s), rtol=1e-9)
+        if isinstance(schedule, Custom):  # its callables are all there is
+            continue
+        for share in (1e-2, 1e-5, 1e-9, 1e-12):
+            t = s - share * s
+            # a step is twice as long as its halves where lambda is a line, to first order in share
+            mid = s - 0.5 * (s - t)
+            halves = float(schedule.h(s, mid)) + float(schedule.h(mid, t))
+            assert float(schedule.h(s, t)) == pytest.approx(halves, rel=1e-11)
