@@ -11,6 +11,7 @@ from support.solvers import VP, redefined
 import fastdiff as fd
 
 SOLVERS = fd.solvers.names()
+RESTARTED = ("restart", "s_noise")  # there is no noise without restarts
 
 
 def test_a_plan_says_how_strong_its_starting_noise_is():
@@ -85,6 +86,7 @@ def test_registry_names_are_the_field_names():
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
         "rex-1",
+        "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",
     }  # fmt: skip
 
 
@@ -111,6 +113,9 @@ def test_every_option_of_a_name_changes_something(name):
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
         "method": ["diffusers", "singlestep_fixed"],
+        "timestep_scaling": [1.0], "sigma_data": [2.0], "gamma": [0.7], "eps": [0.3],
+        "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
+        "restarts": [[(0.1, 0.5, 1, 2)]],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
@@ -122,6 +127,7 @@ def test_every_option_of_a_name_changes_something(name):
             continue
         with_it = {"published": True} if option == "method" else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
+        with_it |= {"restarts": [(0.1, 0.5, 1, 2)]} if (name, option) == RESTARTED else {}
         changed = [
             fd.plan(schedule, name, steps, grid=grid, **with_it)
             != fd.plan(schedule, name, steps, grid=grid, **with_it | {option: value})
@@ -159,7 +165,7 @@ def test_every_combination_of_options_has_a_name_that_exists(make):
 
 @pytest.mark.parametrize("make", CLASSES, ids=lambda make: make.__name__)
 def test_what_a_class_defines_is_not_defined_again_below_it(make):
-    assert redefined(make) - {"intervals"} == set()
+    assert redefined(make) - {"intervals", "default_grid", "write_jump"} == set()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +193,7 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 10
+    assert len(known) == len(set(known)) == len(SOLVERS) + 15
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

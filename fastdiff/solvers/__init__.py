@@ -2,6 +2,7 @@
 """Solvers: the base class, the families and the registry of names."""
 
 from .base import Solver
+from .distilled import LCM, TCD, Consistency, NStepStochastic, Progressive
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -13,19 +14,27 @@ from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
+from .sde.restart import Recurrence, Restart
 
 __all__ = [
     "DDIM",
     "DDPM",
     "DEIS",
     "IPNDM",
+    "LCM",
     "TABLEAUS",
+    "TCD",
+    "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
     "Euler",
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "NStepStochastic",
+    "Progressive",
+    "Recurrence",
+    "Restart",
     "Reversible",
     "RhoAB",
     "RhoRK",
