@@ -85,9 +85,9 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "Consistency DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LCM LogRhoDEIS NStepStochastic Progressive Recurrence Restart Reversible RhoAB RhoRK Row "
-    "Rows Solver TABLEAUS TCD get info names plan",
+    "fastdiff.solvers": "Consistency DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler "
+    "Heun IPNDM Info LCM LogRhoDEIS NStepStochastic Progressive Recurrence Restart Reversible "
+    "RhoAB RhoRK Row Rows Solver TABLEAUS TCD get info names plan",
 }
 
 
