@@ -8,6 +8,7 @@ import pytest
 import torch
 from oracles import distilled as oracles
 from support.problems import two_blobs
+from support.solvers import follow
 
 import fastdiff as fd
 
@@ -100,6 +101,31 @@ def test_a_consistency_model_of_the_data_is_an_lcm(schedule):
     got = own_run(schedule, x, z, "consistency", 4)
     lcm = own_run(schedule, x, z, "lcm", 4, timestep_scaling=math.inf)
     torch.testing.assert_close(got, lcm, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [VP, EDM, FLOW], ids=str)
+@pytest.mark.parametrize("name", ["lcm", "consistency", "nstep-stochastic", "progressive"])
+def test_an_exactly_distilled_network_samples_the_data(schedule, name):
+    # Gaussian data of deviation 0.3: the flow scales x by the ratio of the deviations
+    plan = fd.plan(schedule, name, 5, prediction="x0")
+    ends = {stage.t: plan.times[min(i + 2, 5)] for i, stage in enumerate(plan.stages)}
+    if name == "progressive":
+        ends = dict(zip(plan.times[:-1], plan.times[1:], strict=True))
+
+    def deviation(t):
+        return math.hypot(0.3 * float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+    def network(stage, point):
+        t, at = stage.t, (lambda f, t: float(f(t)))
+        if name in ("lcm", "consistency"):  # the end of the path
+            return deviation(plan.times[-1]) / deviation(t) * point
+        ratio = at(schedule.sigma, ends[t]) / at(schedule.sigma, t)  # what ddim's step needs
+        gain = at(schedule.alpha, ends[t]) - ratio * at(schedule.alpha, t)
+        return (deviation(ends[t]) / deviation(t) - ratio) / gain * point
+
+    states = follow(plan, np.array([deviation(plan.times[0])]), network)
+    for x, t in zip(states, plan.times[1:], strict=True):
+        assert float(np.linalg.norm(x)) == pytest.approx(deviation(t), rel=1e-10)
 
 
 def test_the_boundary_condition_makes_the_network_the_identity_at_eps():

@@ -96,6 +96,19 @@ def test_tcd_is_diffusers(monkeypatch, prediction, gamma, steps):
     torch.testing.assert_close(fd.sample(network, x, plan, xi=xi), wanted, rtol=1e-11, atol=1e-11)
 
 
+def test_diffusers_tcd_neither_clips_nor_thresholds(monkeypatch):
+    x, xi, found = values(3, 5), values(4, 3, 5, seed=1), []
+    for options in ({}, {"clip_sample": True}, {"thresholding": True}):
+        scheduler = doubled(diffusers.TCDScheduler(**options))
+        scheduler.set_timesteps(4)
+        fed(monkeypatch, "scheduling_tcd", xi)
+        found.append(their_run(scheduler, x, eta=0.3))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    clipped = fd.sample(network, x, fd.plan(SD, "tcd", 4, clip=0.1), xi=xi)
+    assert float((clipped - found[0]).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 4, 39])
 def test_consistency_is_diffusers(monkeypatch, steps, clip):

@@ -330,9 +330,8 @@ SOLVERS = (
         source="Luo et al., arXiv:2310.04378",
         stochastic=True,
         aliases={"LCMScheduler": {}, "FlowMatchLCMScheduler": {}, "sample_lcm": {}},
-        quirks="diffusers' LCMScheduler takes no prediction of velocity; FlowMatchLCMScheduler "
-        "draws noise for its last step too and weighs it by 0. ComfyUI's sample_lcm has D = x0, "
-        "its scalings stand in the model: timestep_scaling=inf.",
+        quirks="ComfyUI's sample_lcm has D = x0, since its model has the scalings: "
+        "timestep_scaling=inf.",
     ),
     Info(
         "tcd",

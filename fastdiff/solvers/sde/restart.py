@@ -251,6 +251,8 @@ SOLVERS = (
         summary="another solver, renoised and brought down again in given intervals",
         source="Xu et al., arXiv:2306.14878",
         same="heun",
+        quirks="Of several restarts whose t_min is nearest to one time of the grid, the authors' "
+        "code keeps the last; here all are made, in order.",
     ),
     Info(
         "recurrence",
