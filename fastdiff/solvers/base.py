@@ -88,7 +88,10 @@ class Solver(abc.ABC):
         variable = self.variable(schedule, times)
         self._check_start(schedule, times, variable)
         rows = Rows(schedule, prediction, variable, int(steps) - jump)
-        (self.write_jump if jump else self.write)(rows, times)
+        if jump:
+            self.write_jump(rows, times)
+        else:
+            self.write(rows, times)
         accepted = times if rows.times is None else rows.times
         end = data_time(schedule)
         if jump and end is not None:

@@ -2,10 +2,10 @@
 """Samplers of distilled networks: a step goes to the data or near it, and adds noise to come back.
 
 Such a network is trained to return, at any time or at the times of its training, the end of a path
-that an ordinary network would take many steps for. So these samplers are not approximations of the
-probability flow: more steps of them converge to nothing, and an ordinary network under them gives
-worse samples than under any other solver of as many evaluations (`progressive` aside, which is
-ddim). With D the network's x0, every row is
+that an ordinary network would take many steps for. So these samplers, `progressive` aside, which is
+ddim, approximate no probability flow: more steps of them converge to nothing, and the x0 of an
+ordinary network, a mean over the data, makes their samples too smooth. With D the network's x0,
+every row is
 
     x_v = alpha_v D + sigma_v (x_t - alpha_t D)/sigma_t        down, from t to v
     x_u = (alpha_u/alpha_v) x_v + sqrt(sigma_u² - (alpha_u/alpha_v)² sigma_v²) z     up, from v to u
@@ -100,8 +100,8 @@ class LCM(Distilled):
         sigma_data: sd, positive.
         clip, threshold: Limits of x0, as in `X0Limits`, before D is made.
 
-    Source: Luo et al., "Latent Consistency Models", arXiv:2310.04378, Algorithm 3 and appendix D;
-    diffusers 0.42.1 LCMScheduler.
+    Source: Luo et al., "Latent Consistency Models", arXiv:2310.04378 (multistep latent
+    consistency sampling); diffusers 0.42.1 LCMScheduler.
     """
 
     timestep_scaling: float = 10.0
@@ -148,8 +148,8 @@ class TCD(Distilled):
         gamma: Share of the way back to the noise that is fresh, in [0, 1]; diffusers calls it eta.
         clip, threshold: Limits of x0, as in `X0Limits`.
 
-    Source: Zheng et al., "Trajectory Consistency Distillation", arXiv:2402.19159, Algorithm 4;
-    diffusers 0.42.1 TCDScheduler.
+    Source: Zheng et al., "Trajectory Consistency Distillation", arXiv:2402.19159 (strategic
+    stochastic sampling); diffusers 0.42.1 TCDScheduler.
     """
 
     gamma: float = 0.3
@@ -195,8 +195,8 @@ class NStepStochastic(Distilled):
     Args:
         clip, threshold: Limits of x0, as in `X0Limits`.
 
-    Source: Meng et al., "On Distillation of Guided Diffusion Models", arXiv:2210.03142, section
-    3.3.
+    Source: Meng et al., "On Distillation of Guided Diffusion Models", arXiv:2210.03142 (N-step
+    stochastic sampling).
     """
 
     def __post_init__(self) -> None:
@@ -295,7 +295,7 @@ class Progressive(X0Limits):
         clip, threshold: Limits of x0, as in `X0Limits`.
 
     Source: Salimans & Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
-    arXiv:2202.00512, Algorithm 2 and section 4; the networks predict "x0" or "v".
+    arXiv:2202.00512 (whose networks predict "x0" or "v").
     """
 
     def __post_init__(self) -> None:

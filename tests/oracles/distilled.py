@@ -10,7 +10,7 @@ import math
 
 
 def lcm(f, x, times, alpha, sigma, scalings, z):
-    """Luo et al., arXiv:2310.04378, Algorithm 3."""
+    """Luo et al., arXiv:2310.04378: multistep latent consistency sampling."""
     for n, t in enumerate(times[:-1]):
         c_skip, c_out = scalings(t)
         denoised = c_skip * x + c_out * f(x, t)
@@ -20,7 +20,7 @@ def lcm(f, x, times, alpha, sigma, scalings, z):
 
 
 def tcd(f, x, times, alpha, sigma, gamma, z):
-    """Zheng et al., arXiv:2402.19159, Algorithm 4, on a variance preserving schedule."""
+    """Zheng et al., arXiv:2402.19159: strategic stochastic sampling, alpha² + sigma² = 1."""
     for n, t in enumerate(times[:-1]):
         u = times[n + 1]
         s = (1.0 - gamma) * u
@@ -42,7 +42,7 @@ def consistency(f, x, times, eps, z):
 
 
 def nstep_stochastic(f, x, times, alpha, sigma, z):
-    """Meng et al., arXiv:2210.03142, section 3.3: 2/N down by DDIM, 1/N up by noise."""
+    """Meng et al., arXiv:2210.03142: 2/N down by DDIM, 1/N up by noise."""
     for n, t in enumerate(times[:-1]):
         u, s = times[n + 1], times[min(n + 2, len(times) - 1)]
         x0 = f(x, t)
@@ -54,7 +54,7 @@ def nstep_stochastic(f, x, times, alpha, sigma, z):
 
 
 def progressive(f, x, times, alpha, sigma):
-    """Salimans & Ho, arXiv:2202.00512, Algorithm 2's sampler: z_s from x and z_t."""
+    """Salimans & Ho, arXiv:2202.00512: z_s from x and z_t."""
     for t, s in itertools.pairwise(times):
         x0 = f(x, t)
         x = alpha(s) * x0 + sigma(s) * (x - alpha(t) * x0) / sigma(t)

@@ -20,7 +20,7 @@ def karras(count, low, high, rho=7.0):
 
 
 def restart(denoise, x, steps, restarts, s_noise, z):
-    """Xu et al., arXiv:2306.14878, Algorithm 1, by Heun on EDM's noise levels.
+    """Xu et al., arXiv:2306.14878, section 3, by Heun on EDM's noise levels.
 
     restarts: (times of the stretch, K, t_min, t_max), as the authors' code takes them.
     """
@@ -39,7 +39,7 @@ def restart(denoise, x, steps, restarts, s_noise, z):
 
 
 def repaint_times(count, jump_length, jump_n_sample):
-    """Lugmayr et al., arXiv:2201.09865, appendix B: indices from count - 1 down to -1."""
+    """Lugmayr et al., arXiv:2201.09865: indices from count - 1 down to -1."""
     jumps = dict.fromkeys(range(0, count - jump_length, jump_length), jump_n_sample - 1)
     t, visited = count, []
     while t >= 1:
@@ -54,7 +54,7 @@ def repaint_times(count, jump_length, jump_n_sample):
 
 
 def universal_recurrence(step, x, times, alpha, sigma, repeats, z):
-    """Bansal et al., arXiv:2302.07121, section 3.3: each step but the last, `repeats` times."""
+    """Bansal et al., arXiv:2302.07121: each step but the last, `repeats` times."""
     for n in range(len(times) - 1):
         t, s = times[n], times[n + 1]
         count = repeats if n < len(times) - 2 else 1

@@ -121,7 +121,7 @@ class Restart(Returning):
         inner, s_noise: The options of `Returning`.
 
     Source: Xu et al., "Restart Sampling for Improving Generative Processes", arXiv:2306.14878,
-    section 3 and Algorithm 1; code Newbeeer/diffusion_restart_sampling 8cbcb07 restart_sampler.
+    section 3; code Newbeeer/diffusion_restart_sampling 8cbcb07 restart_sampler.
     """
 
     restarts: tuple[tuple[float, float, int, int], ...] = ()
@@ -201,9 +201,9 @@ class Recurrence(Returning):
         repeats: How often each stretch is made, at least 1.
         inner, s_noise: The options of `Returning`.
 
-    Source: Lugmayr et al., "RePaint", arXiv:2201.09865, Algorithm 1 and appendix B (jump_length,
-    jump_n_sample); Yu et al., "FreeDoM", arXiv:2303.09833, section 4.3 (time travel); Bansal et
-    al., "Universal Guidance for Diffusion Models", arXiv:2302.07121, section 3.3.
+    Source: Lugmayr et al., "RePaint", arXiv:2201.09865, Algorithm 1 (jump_length, jump_n_sample);
+    Yu et al., "FreeDoM", arXiv:2303.09833 (time travel); Bansal et al., "Universal Guidance for
+    Diffusion Models", arXiv:2302.07121 (self-recurrence).
     """
 
     inner: Solver = _DDIM
