@@ -72,6 +72,9 @@ def test_what_is_limited_is_limited_in_the_jump():
     for steps in (1, 3):
         plan = fd.plan(VP, "dpmpp-1", steps, clip=0.05, jump=True)
         assert float(run(plan).abs().max()) == pytest.approx(0.05)
+        inner = fd.solvers.get("dpmpp-1", clip=0.05)
+        around = fd.plan(VP, "recurrence", steps, inner=inner, jump=True)
+        assert float(run(around).abs().max()) == pytest.approx(0.05)
 
 
 def test_the_last_time_of_the_grid_is_not_read():

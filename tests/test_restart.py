@@ -174,6 +174,27 @@ def test_restarts_forget_the_errors_made_before():
     assert spread(fresh) < 0.5 * spread(plain)
 
 
+@pytest.mark.parametrize("h", [1e-8, 1e-4, 0.1, 3.0, 50.0])
+@pytest.mark.parametrize("low", [1e-4, 0.3, 10.0])
+def test_renoising_is_accurate_however_short_it_is(low, h):
+    high = low * np.exp(h)
+    plan = fd.plan(EDM, "recurrence", 2, grid=[high, low, 0.5 * low], prediction="x0")
+    ((scale, noise),) = [(s.a_x, s.c) for s in plan.stages if not s.evaluate]
+    assert scale == 1.0
+    exact = np.sqrt((high - low) * (high + low))  # the difference of two floats is exact here
+    assert noise == pytest.approx(exact, rel=1e-10)
+
+
+def test_two_restarts_may_stand_at_one_time():
+    restarts = [(0.3, 0.9, 1, 2), (0.3, 2.0, 2, 3)]
+    plan = fd.plan(EDM, "restart", 6, restarts=restarts, prediction="edm")
+    rises = [(t, u) for t, u in itertools.pairwise(plan.times) if u > t]
+    (low,) = {t for t, _ in rises}
+    assert [u for _, u in rises] == [0.9, 2.0, 2.0]
+    assert plan.nfe == 11 + 2 * (2 + 3 + 3)
+    assert low in fd.plan(EDM, "heun", 6, prediction="edm").times
+
+
 def test_history_ends_where_noise_comes_in():
     plan = fd.plan(VP, "restart", 8, inner="dpmpp-3m", restarts=[(0.1, 0.6, 2, 4)], grid="uniform")
     fresh = False
