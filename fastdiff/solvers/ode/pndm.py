@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from ...schedules import Array, Schedule
@@ -80,21 +81,41 @@ class PNDM(Solver):
     def _pseudo_runge_kutta(self, rows: Rows, s: float, t: float) -> None:
         """Writes the step of four evaluations from s to t."""
         schedule, k = rows.schedule, rows.current
-        reached = told = 0.5 * (s + t)
+        h: float | None = None
         training_steps = schedule.traits.training_steps
         if self.published and training_steps:
             half = round((s - t) * training_steps) // 2 / training_steps
             reached, told = s - half, t + half
-        rows.add(s, e=_ddim(schedule, s, reached, {k: 1.0}))
-        rows.add(told, e=_ddim(schedule, s, told, {k + 1: 1.0}))
+        else:
+            reached = told = 0.5 * (s + t)
+            h = _half_length(schedule, s, t)
+        rows.add(s, e=_ddim(schedule, s, reached, {k: 1.0}, h))
+        rows.add(told, e=_ddim(schedule, s, told, {k + 1: 1.0}, h))
         rows.add(told, e=_ddim(schedule, s, t, {k + 2: 1.0}))
         weights = {k: 1 / 6, k + 1: 1 / 3, k + 2: 1 / 3, k + 3: 1 / 6}
         rows.add(t, x=_ddim(schedule, s, t, weights))
 
 
-def _ddim(schedule: Schedule, s: float, t: float, weights: dict[int, float]) -> Row:
-    """DDIM's step from s to t with a weighted sum of outputs."""
-    w = float(moments(schedule, "epsilon", s, t, 1)[0])
+def _half_length(schedule: Schedule, s: float, t: float) -> float:
+    """lambda halfway in time between s and t, minus lambda_s.
+
+    The middle, rounded to a float64 time, would lose most digits of a short step. What the rounding
+    left over is put back by the derivative, d lambda/dt = -g²/(2 sigma²).
+    """
+    middle = 0.5 * (s + t)
+    left_over = 0.5 * ((s - middle) - (middle - t))
+    slope = -0.5 * float(schedule.g2(middle)) / float(schedule.sigma(middle)) ** 2
+    return float(schedule.h(s, middle)) + slope * left_over
+
+
+def _ddim(
+    schedule: Schedule, s: float, t: float, weights: dict[int, float], h: float | None = None
+) -> Row:
+    """DDIM's step from s to t, of length h in lambda, with a weighted sum of outputs."""
+    if h is None:
+        w = float(moments(schedule, "epsilon", s, t, 1)[0])
+    else:
+        w = -float(schedule.sigma(t)) * math.expm1(h)
     outputs = {k: w * weight for k, weight in weights.items()}
     return Row(x=transfer(schedule, "epsilon", s, t), outputs=outputs)
 

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
-
-import numpy as np
 
 from ...schedules import Array, Schedule
 from ...schedules.base import real
 from ..base import X0Limits, choice, enough_steps
 from ..entry import Info
-from ..exponential import moments, phi, transfer
+from ..exponential import phi, transfer
 from ..rows import Row, Rows
 from .dpm_multistep import DPMSolverMultistep
 from .dpm_singlestep import singlestep
@@ -125,27 +124,32 @@ class RESSinglestep(X0Limits):
 
     def write(self, rows: Rows, times: Array) -> None:
         self.limit(rows)
-        schedule = rows.schedule
         for s, t in itertools.pairwise(times):
-            h = float(schedule.h(s, t))
-            if np.isinf(h):
+            h = float(rows.schedule.h(s, t))
+            if math.isinf(h):
                 singlestep(rows, 1, s, t, "taylor")
             elif self.order == 2:
-                inner = _inside(schedule, s, t, self.c2)
-                singlestep(rows, 2, s, t, "taylor", (inner,))
+                self._second_order(rows, s, t, h)
             else:
                 self._third_order(rows, s, t, h)
+
+    def _second_order(self, rows: Rows, s: float, t: float, h: float) -> None:
+        """Writes the step of two evaluations from s to t, of finite length h."""
+        schedule, k, c2 = rows.schedule, rows.current, self.c2
+        u = _inside(schedule, s, t, c2)
+        rows.add(s, e=_row(schedule, s, u, c2 * h, k, {}))
+        rows.add(u, x=_row(schedule, s, t, h, k, {k + 1: h * phi(2, -h) / c2}))
 
     def _third_order(self, rows: Rows, s: float, t: float, h: float) -> None:
         """Writes the step of three evaluations from s to t, of finite length h."""
         schedule, k, c2, c3 = rows.schedule, rows.current, self.c2, self.c3
         u, v = _inside(schedule, s, t, c2), _inside(schedule, s, t, c3)
         gamma = c3 * (3.0 * c3 - 2.0) / (c2 * (2.0 - 3.0 * c2))
-        a_32 = gamma * c2 * phi(2, -c2 * h) + c3**2 / c2 * phi(2, -c3 * h)
-        b_3 = phi(2, -h) / (gamma * c2 + c3)
-        rows.add(s, e=_row(schedule, s, u, 0.0, {}, k))
-        rows.add(u, e=_row(schedule, s, v, h, {k + 1: a_32}, k))
-        rows.add(v, x=_row(schedule, s, t, h, {k + 1: gamma * b_3, k + 2: b_3}, k))
+        a_32 = h * (gamma * c2 * phi(2, -c2 * h) + c3**2 / c2 * phi(2, -c3 * h))
+        b_3 = h * phi(2, -h) / (gamma * c2 + c3)
+        rows.add(s, e=_row(schedule, s, u, c2 * h, k, {}))
+        rows.add(u, e=_row(schedule, s, v, c3 * h, k, {k + 1: a_32}))
+        rows.add(v, x=_row(schedule, s, t, h, k, {k + 1: gamma * b_3, k + 2: b_3}))
 
 
 def _inside(schedule: Schedule, s: float, t: float, share: float) -> float:
@@ -156,13 +160,16 @@ def _inside(schedule: Schedule, s: float, t: float, share: float) -> float:
 
 
 def _row(
-    schedule: Schedule, s: float, t: float, h: float, weights: dict[int, float], first: int
+    schedule: Schedule, s: float, t: float, h: float, first: int, later: dict[int, float]
 ) -> Row:
-    """From s to t with weights, times alpha_t h, of later outputs; the first one has the rest."""
-    scale = float(schedule.alpha(t)) * h
-    outputs = {k: scale * weight for k, weight in weights.items()}
-    total = float(moments(schedule, "x0", s, t, 1)[0])
-    outputs = {first: total - sum(outputs.values()), **outputs}
+    """From s to t, h further in lambda, with weights over alpha_t of the later outputs.
+
+    The first output has what is left of DDIM's weight. h is given, because the rounding of an inner
+    time t loses the digits of a short step.
+    """
+    alpha = float(schedule.alpha(t))
+    outputs = {first: alpha * (-math.expm1(-h) - sum(later.values()))}
+    outputs |= {k: alpha * weight for k, weight in later.items()}
     return Row(x=transfer(schedule, "x0", s, t), outputs=outputs)
 
 
