@@ -126,19 +126,10 @@ class RESSinglestep(X0Limits):
         self.limit(rows)
         for s, t in itertools.pairwise(times):
             h = float(rows.schedule.h(s, t))
-            if math.isinf(h):
-                singlestep(rows, 1, s, t, "taylor")
-            elif self.order == 2:
-                self._second_order(rows, s, t, h)
+            if self.order == 2 or math.isinf(h):
+                _second_order(rows, s, t, h, self.c2)
             else:
                 self._third_order(rows, s, t, h)
-
-    def _second_order(self, rows: Rows, s: float, t: float, h: float) -> None:
-        """Writes the step of two evaluations from s to t, of finite length h."""
-        schedule, k, c2 = rows.schedule, rows.current, self.c2
-        u = _inside(schedule, s, t, c2)
-        rows.add(s, e=_row(schedule, s, u, c2 * h, k, {}))
-        rows.add(u, x=_row(schedule, s, t, h, k, {k + 1: h * phi(2, -h) / c2}))
 
     def _third_order(self, rows: Rows, s: float, t: float, h: float) -> None:
         """Writes the step of three evaluations from s to t, of finite length h."""
@@ -150,6 +141,17 @@ class RESSinglestep(X0Limits):
         rows.add(s, e=_row(schedule, s, u, c2 * h, k, {}))
         rows.add(u, e=_row(schedule, s, v, c3 * h, k, {k + 1: a_32}))
         rows.add(v, x=_row(schedule, s, t, h, k, {k + 1: gamma * b_3, k + 2: b_3}))
+
+
+def _second_order(rows: Rows, s: float, t: float, h: float, c2: float) -> None:
+    """Writes the step of two evaluations from s to t, or DDIM's where h is infinite."""
+    if math.isinf(h):
+        singlestep(rows, 1, s, t, "taylor")
+        return
+    schedule, k = rows.schedule, rows.current
+    u = _inside(schedule, s, t, c2)
+    rows.add(s, e=_row(schedule, s, u, c2 * h, k, {}))
+    rows.add(u, x=_row(schedule, s, t, h, k, {k + 1: h * phi(2, -h) / c2}))
 
 
 def _inside(schedule: Schedule, s: float, t: float, share: float) -> float:
@@ -201,7 +203,9 @@ class ExponentialHeun(X0Limits):
         return "x0"
 
     def write(self, rows: Rows, times: Array) -> None:
-        RESSinglestep(order=2, c2=1.0, clip=self.clip, threshold=self.threshold).write(rows, times)
+        self.limit(rows)
+        for s, t in itertools.pairwise(times):
+            _second_order(rows, s, t, float(rows.schedule.h(s, t)), 1.0)
 
 
 _RES4LYF = (
