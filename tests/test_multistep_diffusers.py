@@ -73,6 +73,26 @@ def test_the_middle_of_an_odd_step_is_the_middle():
     assert theirs[0].d_x != theirs[1].d_x
 
 
+def test_pndm_scheduler_leaves_the_marginal_on_linspace_times():
+    x0, noise = X, X.flip(0)  # a network that is right says the noise
+    scheduler = pndm(10, skip_prk_steps=True, timestep_spacing="linspace")
+    plan = plan_of(scheduler, "plms")
+    t = plan.times[0]
+    x = float(SCHEDULE.alpha(t)) * x0 + float(SCHEDULE.sigma(t)) * noise
+    ours, theirs = fd.sample(lambda x, t: noise, x, plan), follow(scheduler, lambda x, t: noise, x)
+    np.testing.assert_allclose(ours, x0, rtol=0, atol=1e-9)
+    assert float((theirs - x0).norm() / x0.norm()) > 0.1
+
+
+def test_the_last_step_of_a_default_pndm_scheduler_goes_nowhere():
+    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(10)
+    states = [X]
+    for t in scheduler.timesteps:
+        states.append(scheduler.step(torch.tanh(states[-1]), t, states[-1]).prev_sample)
+    assert torch.equal(states[-1], states[-2])
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_pndm_scheduler_is_of_order_one_on_v_and_ours_of_two(prediction):
     schedule, parts = fd.schedules.VPLinear(), (128, 256)

@@ -123,7 +123,8 @@ def _ddim(
 _PNDM = "Liu et al., arXiv:2202.09778"
 _QUIRK = (
     "diffusers' PNDMScheduler combines raw outputs before it converts them, so that "
-    "prediction_type='v_prediction' is of order 1; with its defaults (steps_offset=0, "
+    "prediction_type='v_prediction' is of order 1. With timestep_spacing='linspace' it moves the "
+    "state by less than its times lie apart. With its defaults (steps_offset=0, "
     "set_alpha_to_one=False) the last step has no length."
 )
 
