@@ -137,6 +137,26 @@ def test_a_plan_ends_where_lms_scheduler_ends(steps):
     np.testing.assert_allclose(fd.sample(network, X, plan), theirs, rtol=0, atol=1e-9)
 
 
+def test_the_weights_of_lms_scheduler_have_five_digits():
+    scheduler = diffusers.LMSDiscreteScheduler(1000, **SD, timestep_spacing="trailing")
+    scheduler.set_timesteps(25)
+    times = np.array([(float(t) + 1) / 1000 for t in scheduler.timesteps] + [0.0])
+    plan = fd.plan(SCHEDULE, "lms-4", 25, grid=times)
+    rho, exact_error, error = SCHEDULE.rho(times), 0.0, 0.0
+    for i in (5, 12, 23):
+        # an interpolation of degree 3 integrates the powers of rho up to 3
+        nodes = rho[i : i - 4 : -1] / rho[i]
+        powers = np.arange(1, 5)
+        integrals = ((rho[i + 1] / rho[i]) ** powers - 1.0) / powers
+        exact = rho[i] * np.linalg.solve(np.vander(nodes, increasing=True).T, integrals)
+        ours = np.array(plan.stages[i].b) / float(SCHEDULE.alpha(times[i + 1]))
+        theirs = np.array([scheduler.get_lms_coefficient(4, i, j) for j in range(4)])
+        exact_error = max(exact_error, np.abs(ours / exact - 1.0).max())
+        error = max(error, np.abs(theirs / exact - 1.0).max())
+    assert exact_error < 1e-10
+    assert 1e-7 < error < 1e-4
+
+
 def test_a_plan_ends_where_ipndm_scheduler_ends():
     schedule = fd.schedules.Custom(
         alpha=lambda t: np.sqrt(1.0 - np.sin(0.5 * np.pi * t) ** 4),

@@ -49,6 +49,9 @@ def test_default_last_steps_never_blow_up():
         "deis-3",
         "deis-4",
         "ipndm-4",
+        "lms-4",
+        "plms",
+        "res-3m",
     ):
         for steps in (5, 8, 12, 20):
             plan = fd.plan(VP, solver, steps, grid="uniform")
