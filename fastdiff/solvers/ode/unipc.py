@@ -233,6 +233,13 @@ _QUIRKS = (
     "vary_coeff's corrector has order 1 as published; diffusers ends at sigma = 0 with infinities "
     "for lower_order_final=False and for predict_x0=False"
 )
+_ALIASES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"UniPCMultistepScheduler": {"lower_order_final": True}},  # its grid ends at sigma = 0
+    3: {
+        "uni_pc": {"variant": "bh1", "lower_order_final": True},
+        "uni_pc_bh2": {"lower_order_final": True},
+    },
+}
 
 SOLVERS = tuple(
     Info(
@@ -245,16 +252,7 @@ SOLVERS = tuple(
         fixed=fixed_options(order, lower_order_final="auto", warmup="lower", published=False),
         least_steps=order,
         quirks=_QUIRKS,
-        aliases={
-            2: {
-                # with its defaults, whose grid ends at sigma = 0
-                "UniPCMultistepScheduler": {"lower_order_final": True},
-            },
-            3: {
-                "uni_pc": {"variant": "bh1", "lower_order_final": True},  # ComfyUI
-                "uni_pc_bh2": {"lower_order_final": True},
-            },
-        }.get(order, {}),
+        aliases=_ALIASES.get(order, {}),
     )
     for order in (1, 2, 3, 4)
 )
