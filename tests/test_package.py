@@ -87,7 +87,7 @@ PUBLIC = {
     "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler "
     "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LMS LogRhoDEIS PNDM RESMultistep "
-    "RESSinglestep Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "RESSinglestep Reversible RhoAB RhoRK Row Rows Solver TABLEAUS UniPC get info names plan",
 }
 
 

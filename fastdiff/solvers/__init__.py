@@ -14,6 +14,7 @@ from .ode.pndm import PNDM
 from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
+from .ode.unipc import UniPC
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
@@ -43,6 +44,7 @@ __all__ = [
     "Row",
     "Rows",
     "Solver",
+    "UniPC",
     "get",
     "info",
     "names",

@@ -24,6 +24,7 @@ from .ode import (
     res,
     reversible,
     runge_kutta,
+    unipc,
 )
 from .sde import ddpm
 
@@ -39,6 +40,7 @@ _FAMILIES = (
     dpm_multistep,
     res,
     gradient_estimation,
+    unipc,
     reversible,
 )
 _REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}
