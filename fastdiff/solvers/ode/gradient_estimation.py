@@ -31,7 +31,8 @@ class GradientEstimation(Solver):
             step to sigma = 0.
 
     Source: Permenter & Yuan, "Interpreting and Improving Diffusion Models from an Optimization
-    Perspective", arXiv:2306.04848, Algorithm 2.
+    Perspective", arXiv:2306.04848, the gradient-estimation sampler; code
+    yuanchenyang/smalldiffusion.
     """
 
     gamma: float = 2.0

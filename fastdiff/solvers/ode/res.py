@@ -38,7 +38,7 @@ class RESMultistep(X0Limits):
         clip, threshold: Limits of x0, as in `X0Limits`.
 
     Source: Zhang et al., "Improved Order Analysis and Design of Exponential Integrator for
-    Diffusion Models Sampling", arXiv:2308.02157, section 4.
+    Diffusion Models Sampling", arXiv:2308.02157; ComfyUI's res_multistep.
     """
 
     order: int = 2
@@ -94,9 +94,9 @@ class RESSinglestep(X0Limits):
         c3: Where D_3 is, likewise; not c2. Order 3 does not allow c2 = 2/3, which has no solution.
         clip, threshold: Limits of x0, as in `X0Limits`.
 
-    Source: Zhang et al., arXiv:2308.02157, section 4 and Table 2; conditions of Hochbruck &
-    Ostermann, "Explicit exponential Runge-Kutta methods for semilinear parabolic problems",
-    SIAM J. Numer. Anal. 43 (2005), eqs. 5.4 and 5.8.
+    Source: Zhang et al., arXiv:2308.02157, Algorithm 1 for order 2; conditions and methods of
+    Hochbruck & Ostermann, "Explicit exponential Runge-Kutta methods for semilinear parabolic
+    problems", SIAM J. Numer. Anal. 43 (2005), section 5.
     """
 
     order: int = 2
@@ -188,7 +188,7 @@ class ExponentialHeun(X0Limits):
     Args:
         clip, threshold: Limits of x0, as in `X0Limits`.
 
-    Source: Hochbruck & Ostermann, SIAM J. Numer. Anal. 43 (2005), eq. 5.4 with c2 = 1; in x0 by
+    Source: Hochbruck & Ostermann, SIAM J. Numer. Anal. 43 (2005), section 5, with c2 = 1; in x0
     Gonzalez et al., "SEEDS", arXiv:2305.14267; ComfyUI's exp_heun_2_x0.
     """
 
