@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans that go back: Restart, cycles and self-recurrence around any solver."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from support.problems import two_blobs
 from support.solvers import SCHEDULES, VP, follow
 
 import fastdiff as fd
+from fastdiff.solvers.sde.restart import Returning
 
 EDM = fd.schedules.EDM()
 F64 = torch.float64
@@ -207,8 +209,23 @@ def test_history_ends_where_noise_comes_in():
             fresh = False
     # after the last restart the run goes on with the history of the stretch
     assert len(plan.stages[-2].b) == 3
+    assert fd.plan(VP, "recurrence", 6, inner="dpmpp-3s").nfe == 3 * 11  # it needs no history
     short = fd.plan(VP, "recurrence", 6, inner="deis-3")
     assert {len(s.b) for s in short.stages if s.evaluate} == {1, 2}
+
+
+@pytest.mark.parametrize("inner", fd.solvers.names())
+def test_cycles_go_around_any_solver(inner):
+    if issubclass(fd.solvers.info(inner).make, Returning):
+        with pytest.raises(ValueError, match="inner is a solver whose times fall"):
+            fd.plan(VP, "recurrence", 9, inner=inner, length=4)
+        return
+    for options in ({}, {"jump": True}):  # a jump takes one of the last stretch's five
+        plan = fd.plan(VP, "recurrence", 9, inner=inner, length=4, **options)
+        assert plan.steps == 9 + 2 * (1 + 4)
+    info = fd.solvers.info(inner)
+    if info.least_steps == 1 or "order" in {f.name for f in dataclasses.fields(info.make)}:
+        assert fd.plan(VP, "recurrence", 4, inner=inner, repeats=3).steps == 4 + 6 * 2
 
 
 @pytest.mark.parametrize("inner", ["heun", "dpmpp-2m", "deis-3"])

@@ -8,9 +8,14 @@ from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
 from .ode.dpm_multistep import DPMSolverMultistep, LogRhoDEIS
 from .ode.dpm_singlestep import DPMSolverSinglestep
+from .ode.gradient_estimation import GradientEstimation
 from .ode.ipndm import IPNDM
+from .ode.lms import IPNDMV, LMS
+from .ode.pndm import PNDM
+from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
+from .ode.unipc import UniPC
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
@@ -21,18 +26,25 @@ __all__ = [
     "DDPM",
     "DEIS",
     "IPNDM",
+    "IPNDMV",
     "LCM",
+    "LMS",
+    "PNDM",
     "TABLEAUS",
     "TCD",
     "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
     "Euler",
+    "ExponentialHeun",
+    "GradientEstimation",
     "Heun",
     "Info",
     "LogRhoDEIS",
     "NStepStochastic",
     "Progressive",
+    "RESMultistep",
+    "RESSinglestep",
     "Recurrence",
     "Restart",
     "Reversible",
@@ -41,6 +53,7 @@ __all__ = [
     "Row",
     "Rows",
     "Solver",
+    "UniPC",
     "get",
     "info",
     "names",

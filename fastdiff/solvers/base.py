@@ -55,8 +55,8 @@ class Solver(abc.ABC):
         if len(times) > 2:
             try:
                 self.write(rows, times[:-1])
-            except ValueError as error:
-                raise ValueError(
+            except TooFewSteps as error:
+                raise TooFewSteps(
                     f"{error} (With jump=True one of the steps is the jump itself.)"
                 ) from None
         if rows.times is not None:
@@ -242,11 +242,15 @@ def within(who: str, name: str, value: Any, lo: float, hi: float) -> None:
         raise ValueError(f"{who}: {name} lies in [{lo:g}, {hi:g}]; got {value!r}.")
 
 
+class TooFewSteps(ValueError):
+    """A run has fewer steps than its solver combines outputs; nothing of it is written."""
+
+
 def enough_steps(who: str, order: int, times: Array) -> None:
     """Raises unless a run through `times` has the steps that combining `order` outputs needs."""
     steps = len(times) - 1
     if order > steps:
-        raise ValueError(
+        raise TooFewSteps(
             f"{who}: it combines {order} outputs and needs at least as many "
             f"steps; got steps = {steps}. Take more steps or a lower order."
         )

@@ -13,7 +13,20 @@ from ..schedules import Schedule
 from . import distilled
 from .base import Solver
 from .entry import Info
-from .ode import ddim, deis, dpm_multistep, dpm_singlestep, ipndm, reversible, runge_kutta
+from .ode import (
+    ddim,
+    deis,
+    dpm_multistep,
+    dpm_singlestep,
+    gradient_estimation,
+    ipndm,
+    lms,
+    pndm,
+    res,
+    reversible,
+    runge_kutta,
+    unipc,
+)
 from .sde import ddpm, restart
 
 _FAMILIES = (
@@ -22,8 +35,13 @@ _FAMILIES = (
     runge_kutta,
     deis,
     ipndm,
+    lms,
+    pndm,
     dpm_singlestep,
     dpm_multistep,
+    res,
+    gradient_estimation,
+    unipc,
     reversible,
     distilled,
     restart,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The papers' loops in plain lines, against which plans are tested."""
+"""Published samplers as plain loops, one file a family: what the tables are checked against."""

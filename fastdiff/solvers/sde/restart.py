@@ -15,10 +15,10 @@ from ... import grids
 from ..._text import shown
 from ...schedules import Array, Schedule
 from ...schedules.base import real
-from ..base import Solver
+from ..base import Solver, TooFewSteps
 from ..entry import Info
 from ..ode.ddim import DDIM
-from ..ode.runge_kutta import Heun
+from ..ode.runge_kutta import Euler, Heun
 from ..renoise import renoise
 from ..rows import Row, Rows
 
@@ -32,9 +32,10 @@ class Returning(Solver):
         x_s = (alpha_s/alpha_t) x_t + sqrt(sigma_s² - (alpha_s/alpha_t)² sigma_t²) z
 
     goes up from t to s without an evaluation and keeps the marginals. The history of a multistep
-    solver ends there: every stretch begins with the warm-up, and a stretch of fewer steps than the
-    solver's order is made at the order that it has steps for. The plan's times rise at those rows,
-    and `steps` counts the intervals of the grid that is gone through once.
+    solver ends there: every stretch begins with the warm-up. A stretch of fewer steps than the
+    solver combines outputs is made at the order that it has steps for; `pndm`, which has no other
+    order, refuses one of two or three. The plan's times rise at those rows, and `steps` counts the
+    intervals of the grid that is gone through once.
 
     Args:
         inner: The solver of the stretches, a `Solver`; `fastdiff.plan` takes a name as well.
@@ -86,19 +87,32 @@ class Returning(Solver):
                 rows.add(low, x=Row(x=scale, noise=self.s_noise * noise), evaluate=False)
             jumps = jump and i + 1 == len(stretches)
             rows.times, rows.steps = None, len(stretch) - 1 - jumps
-            inner = self._inner_of(rows.steps)
-            (inner.write_jump if jumps else inner.write)(rows, stretch)
+            try:
+                _write_by(self.inner, rows, stretch, jumps)
+            except TooFewSteps:
+                _write_by(self._lowered(rows), rows, stretch, jumps)
             accepted.append(stretch if rows.times is None else rows.times)
         rows.times, rows.steps = np.concatenate(accepted), steps
 
-    def _inner_of(self, steps: int) -> Solver:
-        """The inner solver, at the order that a stretch of so many steps allows."""
-        order = getattr(self.inner, "order", 1)
-        given = any(f.name == "order" and f.init for f in dataclasses.fields(self.inner))
-        if not given or order <= steps or steps == 0:
-            return self.inner
-        changes: dict[str, Any] = {"order": steps}
-        return dataclasses.replace(self.inner, **changes)
+    def _lowered(self, rows: Rows) -> Solver:
+        """The inner solver at the order of a stretch's steps; of one step, what it begins with."""
+        inner = self.inner
+        if rows.steps == 1:
+            if rows.variable == "velocity":
+                return Euler()
+            clip, threshold = (getattr(inner, name, None) for name in ("clip", "threshold"))
+            return DDIM(form=rows.variable, clip=clip, threshold=threshold)
+        if not any(f.name == "order" and f.init for f in dataclasses.fields(inner)):
+            return inner
+        changes: dict[str, Any] = {"order": rows.steps}
+        return dataclasses.replace(inner, **changes)
+
+
+def _write_by(solver: Solver, rows: Rows, times: Array, jumps: bool) -> None:
+    if jumps:
+        solver.write_jump(rows, times)
+    else:
+        solver.write(rows, times)
 
 
 @dataclass(frozen=True)
