@@ -2,6 +2,7 @@
 """Solvers: the base class, the families and the registry of names."""
 
 from .base import Solver
+from .distilled import LCM, TCD, Consistency, NStepStochastic, Progressive
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -18,6 +19,7 @@ from .ode.unipc import UniPC
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
+from .sde.restart import Recurrence, Restart
 
 __all__ = [
     "DDIM",
@@ -25,9 +27,12 @@ __all__ = [
     "DEIS",
     "IPNDM",
     "IPNDMV",
+    "LCM",
     "LMS",
     "PNDM",
     "TABLEAUS",
+    "TCD",
+    "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
     "Euler",
@@ -36,8 +41,12 @@ __all__ = [
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "NStepStochastic",
+    "Progressive",
     "RESMultistep",
     "RESSinglestep",
+    "Recurrence",
+    "Restart",
     "Reversible",
     "RhoAB",
     "RhoRK",
