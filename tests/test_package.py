@@ -86,9 +86,9 @@ PUBLIC = {
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "Consistency DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler "
-    "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LCM LMS LogRhoDEIS NStepStochastic "
-    "PNDM Progressive RESMultistep RESSinglestep Recurrence Restart Reversible RhoAB RhoRK Row "
-    "Rows Solver TABLEAUS TCD UniPC get info names plan",
+    "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LCM LMS LogRhoDEIS "
+    "NStepStochastic PNDM Progressive RESMultistep RESSinglestep Recurrence Restart "
+    "Reversible RhoAB RhoRK Row Rows Solver TABLEAUS TCD UniPC get info names plan",
 }
 
 

@@ -119,9 +119,8 @@ def test_every_option_of_a_name_changes_something(name):
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
         "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [0.7],
-        "c2": [0.4], "c3": [0.9],
+        "c2": [0.4], "c3": [0.9], "timestep_scaling": [1.0], "sigma_data": [2.0], "eps": [0.3],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
-        "timestep_scaling": [1.0], "sigma_data": [2.0], "eps": [0.3],
         "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
         "restarts": [[(0.1, 0.5, 1, 2)]],
     }  # fmt: skip
