@@ -2,6 +2,8 @@
 """Solvers: the base class, the families and the registry of names."""
 
 from .base import Solver
+from .embedded import Embedded, EmbeddedRK
+from .embedded_dpm import EmbeddedDPM
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -10,7 +12,7 @@ from .ode.dpm_singlestep import DPMSolverSinglestep
 from .ode.ipndm import IPNDM
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
-from .registry import get, info, names, plan
+from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
 
@@ -22,6 +24,9 @@ __all__ = [
     "TABLEAUS",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
+    "Embedded",
+    "EmbeddedDPM",
+    "EmbeddedRK",
     "Euler",
     "Heun",
     "Info",
@@ -32,6 +37,8 @@ __all__ = [
     "Row",
     "Rows",
     "Solver",
+    "adaptive_info",
+    "adaptive_names",
     "get",
     "info",
     "names",
