@@ -126,6 +126,7 @@ class Adaptive:
         assert run.registers.m is not None
         run.registers.m.zero_()
         run.registers.x.copy_(call.x)
+        run.write([self._measured] * batch, (self._stages + 1) * batch)
         return run
 
     # -- the loop --------------------------------------------------------------------------------
@@ -142,9 +143,12 @@ class Adaptive:
         table = [[self._idle] * batch for _ in range(self._stages + 1)]
         told = torch.zeros(self._stages, batch, dtype=torch.float64)
         callers: list[list[int]] = [[] for _ in range(self._stages)]
+        written: dict[tuple[float, float, bool], list[Stage]] = {}  # samples may step alike
         for track in active:
             self._aim(track)
-            stages = self._rows(track)
+            step = (track.times[-1], track.goal, track.known)
+            stages = written[step] if step in written else self._rows(track)
+            written[step] = stages
             self._check_budget(track, sum(stage.evaluate for stage in stages))
             slots = self._slots(track, stages)
             for b in track.samples:
@@ -154,7 +158,7 @@ class Adaptive:
                     told[j, b] = stages[j].model_time
                     if stages[j].evaluate:
                         callers[j].append(b)
-        self._run.write([row for rows in table for row in rows] + [self._measured] * batch)
+        self._run.write([row for rows in table for row in rows])
         self._run.times.copy_(told.repeat(1, self._branches))
         self._run.row(0, None)
         for j, calling in enumerate(callers):

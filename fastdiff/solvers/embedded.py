@@ -186,8 +186,8 @@ class EmbeddedRK(Embedded):
         schedule, first = rows.schedule, rows.current if known is None else known
         length = self._length(schedule, s, t)
         times = [self._node(schedule, s, t, node) for node in c]
-        gains = [length / self._weight(schedule, time) for time in times]
         scales = [self._scale(schedule, time) for time in times]
+        gains = [length / (scale if self.form == "v" else 1.0) for scale in scales]
 
         def row(weights: tuple[float, ...], scale: float, x: float) -> Row:
             pairs = enumerate(zip(weights, gains, strict=False))
@@ -208,10 +208,6 @@ class EmbeddedRK(Embedded):
         if self.form == "epsilon":
             return float(schedule.alpha(t))
         return 1.0 if self.form == "velocity" else scale_of_unit_data(schedule, t)
-
-    def _weight(self, schedule: Schedule, t: float) -> float:
-        """What the output is divided by."""
-        return scale_of_unit_data(schedule, t) if self.form == "v" else 1.0
 
     def _length(self, schedule: Schedule, s: float, t: float) -> float:
         """The step in theta, rho or t, without the cancellation of a difference."""
