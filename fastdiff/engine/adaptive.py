@@ -104,7 +104,7 @@ class Adaptive:
         """A run with room for an attempt of every sample."""
         job, batch = self._job, self._batch
         rows = [*self._attempt(Track([0], self._tracks[0].controller, list(job.plan.times)), True)]
-        rows += [self._idle, self._measured]
+        rows += [self._measured]
         spec = spec_of(job.plan, job.guidance, call.x.shape, job.kind(call.x))
         run = Run(
             replace(
@@ -126,6 +126,7 @@ class Adaptive:
         assert run.registers.m is not None
         run.registers.m.zero_()
         run.registers.x.copy_(call.x)
+        run.write(rows)  # kernels are made for what the first rows need
         run.write([self._measured] * batch, (self._stages + 1) * batch)
         return run
 
