@@ -85,6 +85,17 @@ def test_a_published_loop_steps_for_the_whole_batch_and_ours_for_each_sample():
     assert len(set(apart.times)) == len(x)
 
 
+def test_shared_steps_are_those_of_the_worst_sample():
+    network, x = MIXTURE.network(VP, "epsilon"), start(VP, 6)
+    options = {"rtol": 1e-4, "atol": 1e-4}
+    shared = fd.adaptive(network, x, VP, shared=True, **options)
+    apart = fd.adaptive(network, x, VP, **options)
+    assert len(set(shared.times)) == 1
+    assert shared.nfe[0] >= max(apart.nfe)
+    assert torch.equal(fd.sample(network, x, shared.plan()), shared.x)
+    assert rms(shared.x, exact(VP, "epsilon", x)) < 2e-4
+
+
 # -- what a tolerance buys -------------------------------------------------------------------------
 
 
@@ -92,7 +103,7 @@ def test_a_published_loop_steps_for_the_whole_batch_and_ours_for_each_sample():
 def test_error_and_cost_follow_the_tolerance(name):
     order = fd.solvers.adaptive_info(name).measured_order
     loose, tight = (1e-3, 1e-5) if order > 2 else (1e-3, 1e-4)
-    x = start(VP, 8)
+    x = start(VP)
     network, true = MIXTURE.network(VP, "epsilon"), exact(VP, "epsilon", x)
     runs = [
         fd.adaptive(network, x, VP, name, rtol=tol, atol=tol, max_nfe=5000)
@@ -111,7 +122,7 @@ def test_error_and_cost_follow_the_tolerance(name):
 @pytest.mark.parametrize(("schedule", "ends"), [(VP, (1.0, 1e-3)), (FLOW, (1.0, 0.0))])
 def test_costs_no_more_than_torchdiffeq_at_equal_error(name, schedule, ends):
     torchdiffeq = pytest.importorskip("torchdiffeq")
-    x, network = start(schedule, 8), MIXTURE.network(schedule, "velocity")
+    x, network = start(schedule), MIXTURE.network(schedule, "velocity")
     true = exact(schedule, "velocity", x)
     asked = []
 
@@ -120,11 +131,11 @@ def test_costs_no_more_than_torchdiffeq_at_equal_error(name, schedule, ends):
         return network(x, t.clamp(min=0.0).expand(len(x)))
 
     ours = []
-    for tol in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
+    for tol in (1e-1, 1e-2, 1e-3, 1e-4):
         run = fd.adaptive(*(network, x, schedule, name), rtol=tol, atol=tol, prediction="velocity")
         ours.append((np.mean(run.nfe), rms(run.x, true)))
         assert min(map(min, run.times)) == ends[1]
-    for tol in (1e-1, 1e-2, 1e-3, 1e-4):
+    for tol in (1e-1, 1e-2, 1e-3):
         asked.clear()
         times = torch.tensor(ends, dtype=torch.float64)
         theirs = torchdiffeq.odeint(velocity, x, times, rtol=tol, atol=tol, method=name)[-1]
@@ -209,8 +220,9 @@ def test_the_network_is_called_for_the_samples_that_need_it():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_takes_the_same_steps_and_replays_them(backend):
     x = start(VP, 2, torch.float32)
-    run = fd.adaptive(smooth, x, VP, "bosh3", backend=backend)
-    ours = fd.adaptive(smooth, x, VP, "bosh3", backend="torch")
+    options = {"rtol": 0.3, "atol": 0.3}
+    run = fd.adaptive(smooth, x, VP, "bosh3", backend=backend, **options)
+    ours = fd.adaptive(smooth, x, VP, "bosh3", backend="torch", **options)
     assert run.nfe == ours.nfe
     torch.testing.assert_close(run.x, ours.x, rtol=0, atol=1e-4)
     replayed = fd.sample(smooth, x[:1], run.plan(0), backend=backend)
@@ -315,6 +327,7 @@ REFUSED = {
     "exact": ({"rtol": 0.0, "atol": 0.0}, ValueError, "no step is without an error"),
     "few": ({"max_nfe": 3}, ValueError, "a step of bosh3 takes 4 evaluations"),
     "count": ({"max_nfe": 10.0}, TypeError, "max_nfe is an integer"),
+    "shared": ({"shared": "yes"}, ValueError, "shared is one of False, True"),
     "first": ({"h_init": 0.0}, ValueError, "h_init is positive"),
     "loop": ({"published": "diffusers"}, ValueError, "'dpm-solver', 'k-diffusion'"),
     "pair": ({"published": True}, ValueError, "those of dpm-12 and dpm-23"),

@@ -19,13 +19,14 @@ from ..guidance import Guidance
 from ..plans import Plan
 from ..schedules import Schedule, prediction_name
 from ..schedules.base import positive, real
+from ..solvers.base import choice
 from ..solvers.embedded import Embedded
 from ..solvers.embedded_dpm import EmbeddedDPM
 from ..solvers.registry import adaptive_get
 from ..solvers.rows import Rows
 from .adaptive import Adaptive, Tolerance
 from .call import Call, check_state, check_tracking, check_untransformed
-from .job import job_of
+from .job import Job, job_of
 from .pacing import PI, Authors, Controller, KDiffusion, Track
 from .streams import capture_of
 
@@ -107,6 +108,7 @@ def adaptive(
     guidance: Guidance | None = None,
     backend: str | None = None,
     dtype: torch.dtype | None = None,
+    shared: bool = False,
     published: bool | str = False,
     graph: Any = "auto",
     gradient: Any = None,
@@ -143,6 +145,8 @@ def adaptive(
         prediction: What the network returns, as `fastdiff.plan` takes it.
         cond, guidance, backend, dtype: As `fastdiff.sample` takes them. A scale of the guidance is
             a number or one a sample.
+        shared: True takes one step for the whole batch, as long as its worst sample allows. A batch
+            then has one plan and costs the host less, and its samples depend on each other.
         published: "dpm-solver" or "k-diffusion" is that library's loop with its norm, controller
             and one step for the whole batch, for dpm-12 and dpm-23. True takes k-diffusion's where
             alpha = 1 throughout (EDM), which is its frame, and the authors' elsewhere.
@@ -163,6 +167,7 @@ def adaptive(
     Dormand & Prince (1980); Gustafsson (1991).
     """
     _check_refused(graph, gradient, x)
+    choice("adaptive", "shared", shared, (False, True))
     pair = adaptive_get(solver, options)
     times, jump = _ends(pair, schedule, t_max, t_min, prediction)
     tolerance = _tolerance(rtol, atol, max_nfe, pair)
@@ -172,10 +177,12 @@ def adaptive(
     plan = pair.plan(schedule, len(steps) - 1, grid=steps, prediction=prediction)
     job = job_of(network, plan, guidance, backend, dtype, False)
     call = Call(x, cond)
-    _check_call(call, job.guidance, functools.partial(_parameters, network))
+    _check_call(call, job, functools.partial(_parameters, network))
     whole = pair.progress(schedule, times[-1]) - pair.progress(schedule, times[0])
     make = _controllers(pair, schedule, published, h_init, whole)
-    groups = [[b] for b in range(call.batch)] if not published else [list(range(call.batch))]
+    groups = [[b] for b in range(call.batch)]
+    if shared or published:
+        groups = [list(range(call.batch))]
     tracks = [Track(group, make(), [times[0]]) for group in groups]
     with torch.no_grad():
         result = x.detach().clone(memory_format=torch.contiguous_format)
@@ -291,7 +298,8 @@ def _controllers(
     return lambda: make(pair.order, 0.05 if h is None else h)
 
 
-def _check_call(call: Call, guidance: Guidance, parameters: Callable[[], Any]) -> None:
+def _check_call(call: Call, job: Job, parameters: Callable[[], Any]) -> None:
+    guidance = job.guidance
     check_state(call.x)
     check_untransformed(call, None, parameters)
     check_tracking(call, None, guidance.conditions_given())
@@ -306,13 +314,7 @@ def _check_call(call: Call, guidance: Guidance, parameters: Callable[[], Any]) -
             "adaptive: how many stages a run has is known at its end; got a guidance with one "
             "scale a stage. Give a number, or a tensor of one a sample."
         )
-    if isinstance(getattr(guidance, "scale", None), torch.Tensor) and (
-        len(guidance.combined_weights(0, call.x)[0]) != call.batch  # type: ignore[arg-type]
-    ):
-        raise ValueError(
-            f"adaptive: a tensor of scales, one a sample, needs {call.batch} values; got another "
-            "number of them."
-        )
+    guidance.check(job.plan, call.batch)
 
 
 def _parameters(network: Any) -> tuple[torch.Tensor, ...]:

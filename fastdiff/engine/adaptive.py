@@ -142,7 +142,7 @@ class Adaptive:
         """One attempt of a step by every track that is under way."""
         registers, batch = self._run.registers, self._batch
         table = [[self._idle] * batch for _ in range(self._stages + 1)]
-        told = torch.zeros(self._stages, batch, dtype=torch.float64)
+        told = torch.zeros(self._stages, batch, dtype=torch.float64, device="cpu")
         callers: list[list[int]] = [[] for _ in range(self._stages)]
         written: dict[tuple[float, float, bool], list[Stage]] = {}  # samples may step alike
         for track in active:
@@ -151,10 +151,14 @@ class Adaptive:
             stages = written[step] if step in written else self._rows(track)
             written[step] = stages
             self._check_budget(track, sum(stage.evaluate for stage in stages))
-            slots = self._slots(track, stages)
+            slots, prepared = self._slots(track, stages), self._prepared(track, stages[0])
+            packed: dict[tuple[float, ...], list[PackedRow]] = {}  # by the weights of the branches
             for b in track.samples:
-                table[0][b] = self._prepared(track, stages[0])
-                for j, row in enumerate(self._packed(track, stages, slots, b)):
+                weights = self._weights[b]
+                if weights not in packed:
+                    packed[weights] = self._packed(stages, slots, weights)
+                table[0][b] = prepared
+                for j, row in enumerate(packed[weights]):
                     table[j + 1][b] = row
                     told[j, b] = stages[j].model_time
                     if stages[j].evaluate:
@@ -211,10 +215,10 @@ class Adaptive:
         return Allocation(self._stages + 1, tuple(pushes), tuple(reads))
 
     def _packed(
-        self, track: Track, stages: list[Stage], slots: Allocation, b: int
+        self, stages: list[Stage], slots: Allocation, weights: tuple[float, ...]
     ) -> list[PackedRow]:
         """A sample's rows of an attempt; the last keeps the state that comes in."""
-        rows = pack(stages, slots, self._weights[b])
+        rows = pack(stages, slots, weights)
         rows[-1].push_x = self._saved
         return rows
 
@@ -224,7 +228,7 @@ class Adaptive:
         if self._jump is not None:
             track.goal = self._end if self._end < track.times[0] else self._jump
         stages = self._rows(track)
-        rows = self._packed(track, stages, self._slots(track, stages), 0)
+        rows = self._packed(stages, self._slots(track, stages), self._weights[0])
         return [self._prepared(track, stages[0]), *rows]
 
     def _prepared(self, track: Track, first: Stage) -> PackedRow:
@@ -313,7 +317,7 @@ class Adaptive:
             self._difference = e.clone()
             size = torch.maximum((x - e).abs_(), self._lower.abs()).mul_(rtol).clamp_(min=atol)
         else:
-            scale = torch.ones(2, self._batch, dtype=torch.float64)
+            scale = torch.ones(2, self._batch, dtype=torch.float64, device="cpu")
             for track in active:
                 s, t = (scale_of_unit_data(schedule, u) for u in (track.times[-1], track.goal))
                 scale[0, track.samples], scale[1, track.samples] = rtol * t / s, atol * t
