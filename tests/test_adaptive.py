@@ -269,6 +269,16 @@ def test_a_replayed_plan_has_the_exact_gradient():
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_a_replayed_plan_is_captured_as_one_loop(name, recorder):
+    x = start(VP, 2, torch.float32)
+    run = fd.adaptive(smooth, x, VP, name, shared=True)
+    sampler = fd.Sampler(smooth, run.plan(), graph="loop")
+    for _ in range(2):
+        torch.testing.assert_close(sampler(x), run.x, rtol=0, atol=1e-6)
+    assert recorder.launched > 0
+
+
 def test_a_saved_plan_is_the_one_that_was_replayed(tmp_path):
     plan = fd.adaptive(smooth, start(VP, 1), VP).plan(0)
     plan.save(tmp_path / "plan.json")

@@ -77,6 +77,8 @@ class Adaptive:
         self._end, self._jump = end
         self._batch, self._branches = call.batch, job.guidance.branches
         self._weights = self._weights_of_samples()
+        alike = len(tracks) == 1 and not job.guidance.per_sample
+        self._stride = 1 if alike else call.batch  # rows that a stage takes
         self._idle = PackedRow(k=(0.0,) * self._branches)
         measure = Stage(
             self._end, evaluate=False, measures=(Measure(0, Reduction("norm", ("e",))),)
@@ -102,7 +104,7 @@ class Adaptive:
 
     def _run_of(self, call: Call) -> Run:
         """A run with room for an attempt of every sample."""
-        job, batch = self._job, self._batch
+        job, stride = self._job, self._stride
         rows = [*self._attempt(Track([0], self._tracks[0].controller, list(job.plan.times)), True)]
         rows += [self._measured]
         spec = spec_of(job.plan, job.guidance, call.x.shape, job.kind(call.x))
@@ -110,15 +112,15 @@ class Adaptive:
             replace(
                 spec,
                 layout=spec.layout.joined(layout_of(rows)),
-                rows=(self._stages + 2) * batch,
+                rows=(self._stages + 2) * stride,
                 slots=self._stages + 1,
                 has_e=True,
                 has_m=True,
                 stages=self._stages,
                 scalars=1,
                 features=features_of(rows),
-                stride=batch,
-                index="sample",
+                stride=stride,
+                index="none" if stride == 1 else "sample",
             )
         )
         for register in run.live():
@@ -127,7 +129,7 @@ class Adaptive:
         run.registers.m.zero_()
         run.registers.x.copy_(call.x)
         run.write(rows)  # kernels are made for what the first rows need
-        run.write([self._measured] * batch, (self._stages + 1) * batch)
+        run.write([self._measured] * stride, (self._stages + 1) * stride)
         return run
 
     # -- the loop --------------------------------------------------------------------------------
@@ -140,8 +142,8 @@ class Adaptive:
 
     def _try(self, active: list[Track]) -> None:
         """One attempt of a step by every track that is under way."""
-        registers, batch = self._run.registers, self._batch
-        table = [[self._idle] * batch for _ in range(self._stages + 1)]
+        registers, batch, stride = self._run.registers, self._batch, self._stride
+        table = [[self._idle] * stride for _ in range(self._stages + 1)]
         told = torch.zeros(self._stages, batch, dtype=torch.float64, device="cpu")
         callers: list[list[int]] = [[] for _ in range(self._stages)]
         written: dict[tuple[float, float, bool], list[Stage]] = {}  # samples may step alike
@@ -157,9 +159,9 @@ class Adaptive:
                 weights = self._weights[b]
                 if weights not in packed:
                     packed[weights] = self._packed(stages, slots, weights)
-                table[0][b] = prepared
+                table[0][b % stride] = prepared
                 for j, row in enumerate(packed[weights]):
-                    table[j + 1][b] = row
+                    table[j + 1][b % stride] = row
                     told[j, b] = stages[j].model_time
                     if stages[j].evaluate:
                         callers[j].append(b)
@@ -168,7 +170,7 @@ class Adaptive:
         self._run.row(0, None)
         for j, calling in enumerate(callers):
             output = self._evaluate(j, tuple(sorted(calling))) if calling else None
-            self._run.row((j + 1) * batch, output)
+            self._run.row((j + 1) * stride, output)
         jumped = {id(track) for track in active if track.goal == self._jump}
         errors = self._errors(active)
         for track in active:
@@ -326,7 +328,7 @@ class Adaptive:
                 own[1]
             )
         e.div_(size.clamp_(min=torch.finfo(e.dtype).tiny))
-        run.row((self._stages + 1) * self._batch, None, measured=True)
+        run.row((self._stages + 1) * self._stride, None, measured=True)
         norms: list[float] = run.registers.scalars[:, 0].double().tolist()
         return [norm / self._root for norm in norms]
 
