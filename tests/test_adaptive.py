@@ -309,7 +309,7 @@ def test_the_step_in_the_angle_keeps_its_digits():
             b_0 = rows.stages[-1].b[-1]  # the weight 2/9 of the first output
             length = mpmath.atan(end) - mpmath.atan(s)
             want = mpmath.hypot(1, end) / mpmath.hypot(1, s) * length * 2 / 9
-            assert abs(b_0 / want - 1) < 1e-10 if h > 1e-8 else abs(b_0 / want - 1) < 1e-8
+            assert abs(b_0 / want - 1) < 1e-12
 
 
 # -- refusals --------------------------------------------------------------------------------------

@@ -105,8 +105,7 @@ class Adaptive:
     def _run_of(self, call: Call) -> Run:
         """A run with room for an attempt of every sample."""
         job, stride = self._job, self._stride
-        rows = [*self._attempt(Track([0], self._tracks[0].controller, list(job.plan.times)), True)]
-        rows += [self._measured]
+        rows = [*self._widest(self._tracks[0]), self._measured]
         spec = spec_of(job.plan, job.guidance, call.x.shape, job.kind(call.x))
         run = Run(
             replace(
@@ -224,11 +223,11 @@ class Adaptive:
         rows[-1].push_x = self._saved
         return rows
 
-    def _attempt(self, track: Track, restored: bool) -> list[PackedRow]:
-        """The rows of an attempt over a track's whole range, the widest that there are."""
-        track = replace(track, times=track.times[:1], goal=track.times[-1], restore=restored)
-        if self._jump is not None:
-            track.goal = self._end if self._end < track.times[0] else self._jump
+    def _widest(self, track: Track) -> list[PackedRow]:
+        """The rows of a first attempt after a refusal: what all rows to come need."""
+        track = replace(track, goal=self._end, restore=True)
+        if self._jump is not None and self._end == track.times[0]:
+            track.goal = self._jump
         stages = self._rows(track)
         rows = self._packed(stages, self._slots(track, stages), self._weights[0])
         return [self._prepared(track, stages[0]), *rows]
