@@ -172,8 +172,6 @@ def adaptive(
     times, jump = _ends(pair, schedule, t_max, t_min, prediction)
     tolerance = _tolerance(rtol, atol, max_nfe, pair)
     steps = np.array([*times, *([] if jump is None else [jump])])
-    if len(steps) < 2:
-        steps = np.array([times[0], jump])
     plan = pair.plan(schedule, len(steps) - 1, grid=steps, prediction=prediction)
     job = job_of(network, plan, guidance, backend, dtype, False)
     call = Call(x, cond)
