@@ -3,6 +3,8 @@
 
 from .base import Solver
 from .distilled import LCM, TCD, Consistency, NStepStochastic, Progressive
+from .embedded import Embedded, EmbeddedRK
+from .embedded_dpm import EmbeddedDPM
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -16,7 +18,7 @@ from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
 from .ode.unipc import UniPC
-from .registry import get, info, names, plan
+from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
 from .sde.restart import Recurrence, Restart
@@ -35,6 +37,9 @@ __all__ = [
     "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
+    "Embedded",
+    "EmbeddedDPM",
+    "EmbeddedRK",
     "Euler",
     "ExponentialHeun",
     "GradientEstimation",
@@ -54,6 +59,8 @@ __all__ = [
     "Rows",
     "Solver",
     "UniPC",
+    "adaptive_info",
+    "adaptive_names",
     "get",
     "info",
     "names",
