@@ -12,7 +12,7 @@ import numpy as np
 from ...schedules import Array, Schedule
 from ..base import Solver, X0Limits, choice, enough_steps
 from ..entry import Info
-from ..exponential import adams, moments, transfer
+from ..exponential import adams, lambda_gaps, moments, transfer
 from ..rows import Row, Rows
 from .dpm_singlestep import DPM, DPMPP, FORMS, family, singlestep
 from .multistep import fixed_options
@@ -100,34 +100,35 @@ class DPMSolverMultistep(X0Limits):
             usable = int(np.isfinite(lam[: i + 1]).sum())  # outputs to extrapolate from
             k = min(self.order, max(usable, 1)) if np.isfinite(lam[i + 1]) else 1
             b = self._weights(schedule, times[i::-1][:k], t)
-            if steps - i < k and self._lowers(steps, lam[i + 1] - lam[i], b):
+            if steps - i < k and self._lowers(schedule, steps, s, t, b):
                 k = steps - i
                 b = self._weights(schedule, times[i::-1][:k], t)
             a = transfer(schedule, self.form, s, t)
             newest = evaluations[::-1][:k]
             rows.add(s, x=Row(x=a, outputs=dict(zip(newest, b.tolist(), strict=True))))
 
-    def _lowers(self, steps: int, h: float, b: Array) -> bool:
-        """Whether a step of length h among the last is lowered, given its weights at full order."""
+    def _lowers(self, schedule: Schedule, steps: int, s: float, t: float, b: Array) -> bool:
+        """Whether a step among the last is lowered, given its weights at full order."""
         if self.lower_order_final != "auto":
             return bool(self.lower_order_final)
         if self.published:
             return steps < 10
-        amplification = float(np.abs(b).sum() / abs(b.sum()))
-        return h > SHORT_STEP and amplification > AMPLIFICATION[self.form][len(b)]
+        total = abs(float(moments(schedule, self.form, s, t, 1)[0]))  # the weights' sum
+        amplification = float(np.abs(b).sum()) / total
+        long = float(schedule.h(s, t)) > SHORT_STEP
+        return long and amplification > AMPLIFICATION[self.form][len(b)]
 
     def _weights(self, schedule: Schedule, nodes: Array, t: float) -> Array:
         """Weights of the outputs at `nodes`, newest first."""
         s = float(nodes[0])
         if len(nodes) == 2 and self.solver_type == "dpmsolver":
-            lam = schedule.lambda_t(np.append(nodes, t))
             w = moments(schedule, self.form, s, t, 1)[0]
-            g = 0.5 * w * (lam[2] - lam[0]) / (lam[0] - lam[1])
+            g = 0.5 * w * float(schedule.h(s, t) / schedule.h(nodes[1], s))
             return np.array([w + g, -g])
         b = adams(schedule, self.form, s, t, nodes.tolist())
         if len(nodes) == 3 and self.published:
-            u = schedule.lambda_t(nodes) - schedule.lambda_t(s)
-            second_difference = np.array([1.0 / np.prod(u[j] - np.delete(u, j)) for j in range(3)])
+            gaps = lambda_gaps(schedule, nodes.tolist())
+            second_difference = np.array([1.0 / np.prod(np.delete(gaps[j], j)) for j in range(3)])
             b = b - 0.5 * moments(schedule, self.form, s, t, 3)[2] * second_difference
         return b
 

@@ -11,6 +11,7 @@ import numpy as np
 from ...schedules import Array, Schedule
 from ..base import Solver, choice
 from ..entry import Info
+from ..exponential import rho_gap
 from ..rows import Row, Rows
 
 Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
@@ -45,8 +46,8 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
     if float(schedule.sigma(t)) == 0.0:
         tableau = "euler"
     c, a, b = TABLEAUS[tableau]
-    start, end = (s, t) if straight else (float(schedule.rho(s)), float(schedule.rho(t)))
-    length = end - start
+    start = s if straight else float(schedule.rho(s))
+    length = t - s if straight else rho_gap(schedule, s, t)
 
     def time_at(node: float) -> float:
         if node in (0.0, 1.0):
