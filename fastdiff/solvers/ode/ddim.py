@@ -93,5 +93,7 @@ SOLVERS = (
         nfe_per_step=1,
         summary="exact flow of a constant output; eta adds noise",
         source="Song et al., arXiv:2010.02502",
+        quirks="diffusers' DDIMScheduler clips x0 by default, and keeps the epsilon of the x0 that "
+        "was not clipped",
     ),
 )

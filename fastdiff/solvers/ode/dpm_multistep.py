@@ -178,6 +178,11 @@ class LogRhoDEIS(Solver):
         same.write(rows, times)
 
 
+_HALF = (
+    "the third-order rule of the authors, diffusers, k-diffusion's dpmpp_3m_sde and diff-sampler "
+    "has half of the third-order term: order 2"
+)
+
 SOLVERS = (
     *(
         Info(
@@ -189,6 +194,10 @@ SOLVERS = (
             source="Zhang & Chen, arXiv:2204.13902",
             fixed=fixed_options(order, lower_order_final="auto", warmup="lower"),
             least_steps=order,
+            same="ddim" if order == 1 else "",
+            quirks="diffusers' DEISMultistepScheduler repeats the last of karras, exponential and "
+            "beta sigmas, so that its last step does nothing, and loses up to 7e-5 of its weights "
+            "to differences in float32",
         )
         for order in (1, 2, 3)
     ),
@@ -202,6 +211,7 @@ SOLVERS = (
             source=DPM,
             fixed={"order": order, "form": "epsilon", "clip": None, "threshold": None},
             least_steps=order,
+            quirks=_HALF if order == 3 else "",
         )
         for order in (2, 3)
     ),
@@ -230,5 +240,6 @@ SOLVERS = (
         source=DPMPP,
         fixed={"order": 3, "form": "x0"},
         least_steps=3,
+        quirks=_HALF,
     ),
 )

@@ -221,6 +221,12 @@ class DPMSolverSinglestep(X0Limits):
 # A step of order 1 has no inner node that these could move.
 _DEAD_AT_ORDER_1 = {"solver_type": "dpmsolver", "published": False, "method": "singlestep"}
 
+_BUDGET = "steps is a budget of evaluations in the authors' code, which ends with lower orders"
+_BUDGETS = {
+    2: _BUDGET,
+    3: _BUDGET + "; in diffusers the second inner node follows solver_type as well",
+}
+
 SOLVERS = (
     *(
         Info(
@@ -233,6 +239,8 @@ SOLVERS = (
             fixed={"order": order, "form": "epsilon", "clip": None, "threshold": None}
             | (_DEAD_AT_ORDER_1 if order == 1 else {}),
             aliases={"dpm_2": {}, "sample_dpm_2": {}} if order == 2 else {},  # k-diffusion's
+            same="ddim" if order == 1 else "",
+            quirks=_BUDGETS.get(order, ""),
         )
         for order in (1, 2, 3)
     ),
@@ -244,6 +252,7 @@ SOLVERS = (
         summary="ddim on x0",
         source=DPMPP,
         fixed={"order": 1, "form": "x0"} | _DEAD_AT_ORDER_1,
+        same="ddim",
     ),
     *(
         Info(
@@ -254,6 +263,7 @@ SOLVERS = (
             summary="singlestep on x0",
             source=DPMPP,
             fixed={"order": order, "form": "x0"},
+            quirks=_BUDGETS[order],
         )
         for order in (2, 3)
     ),

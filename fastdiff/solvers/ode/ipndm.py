@@ -59,6 +59,7 @@ SOLVERS = tuple(
         source="Zhang & Chen, arXiv:2204.13902",
         fixed=fixed_options(order, lower_order_final=False, warmup="lower"),
         least_steps=order,
+        same="ddim" if order == 1 else "",
     )
     for order in (1, 2, 3, 4)
 )

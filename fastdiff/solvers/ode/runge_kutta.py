@@ -171,6 +171,9 @@ SOLVERS = (
         nfe_per_step=1,
         summary="Euler in the schedule's straight variable",
         source=_EDM,
+        same="ddim",
+        quirks="diffusers' FlowMatchEulerDiscreteScheduler shifts the lower end of its times twice "
+        "(issue 13243)",
         aliases={
             "sample_euler": {},  # k-diffusion, with its default s_churn = 0
             "EulerDiscreteScheduler": {},
@@ -195,6 +198,7 @@ SOLVERS = (
             summary="Runge-Kutta in rho",
             source="Zhang & Chen, arXiv:2204.13902",
             fixed={"tableau": tableau},
+            same={"euler": "ddim", "heun": "heun"}.get(tableau, ""),
         )
         for tableau, (nodes, _, _) in TABLEAUS.items()
     ),

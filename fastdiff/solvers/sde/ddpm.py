@@ -88,5 +88,7 @@ SOLVERS = (
         summary="ancestral sampling",
         source="Ho et al., arXiv:2006.11239",
         stochastic=True,
+        quirks='variance="fixed_large" of the published code leaves noise on the result of a '
+        "subsampled sequence",
     ),
 )
