@@ -84,6 +84,7 @@ def test_registry_names_are_the_field_names():
         "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4",
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
+        "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "rex-1",
     }  # fmt: skip
 
@@ -111,6 +112,7 @@ def test_every_option_of_a_name_changes_something(name):
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
         "method": ["diffusers", "singlestep_fixed"],
+        "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
@@ -121,6 +123,8 @@ def test_every_option_of_a_name_changes_something(name):
         if option not in info.options:
             continue
         with_it = {"published": True} if option == "method" else {}
+        unipc = {"variant": "vary_coeff", "lower_order_final": True}
+        with_it |= unipc if ("variant" in info.options and option == "published") else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
         changed = [
             fd.plan(schedule, name, steps, grid=grid, **with_it)
@@ -175,6 +179,9 @@ def test_what_a_class_defines_is_not_defined_again_below_it(make):
         ("sample_euler", "euler", {}),
         ("EulerDiscreteScheduler", "euler", {}),
         ("FlowMatchEulerDiscreteScheduler", "euler", {}),
+        ("UniPCMultistepScheduler", "unipc-2", {"lower_order_final": True}),
+        ("uni_pc", "unipc-3", {"variant": "bh1", "lower_order_final": True}),
+        ("uni_pc_bh2", "unipc-3", {"lower_order_final": True}),
     ],
 )
 def test_names_of_other_libraries_are_accepted(alias, name, options):
@@ -182,12 +189,13 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
     assert fd.solvers.info(alias) is fd.solvers.info(name)
     assert alias not in SOLVERS
     for option, value in options.items():
-        assert fd.solvers.get(alias, **{option: not value}) != fd.solvers.get(alias)
+        other = not value if isinstance(value, bool) else "vary_coeff"
+        assert fd.solvers.get(alias, **{option: other}) != fd.solvers.get(alias)
 
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 10
+    assert len(known) == len(set(known)) == len(SOLVERS) + 13
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

@@ -10,6 +10,7 @@ from .ode.dpm_singlestep import DPMSolverSinglestep
 from .ode.ipndm import IPNDM
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
+from .ode.unipc import UniPC
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
@@ -32,6 +33,7 @@ __all__ = [
     "Row",
     "Rows",
     "Solver",
+    "UniPC",
     "get",
     "info",
     "names",

@@ -27,6 +27,13 @@ AMPLIFICATION = {
 }
 
 
+def lowers(form: str, h: float, b: Array) -> bool:
+    """Whether a step of length h among the last is better lowered than taken with weights b."""
+    limits = AMPLIFICATION[form]
+    amplification = float(np.abs(b).sum() / abs(b.sum()))
+    return h > SHORT_STEP and amplification > limits[min(len(b), max(limits))]
+
+
 @dataclass(frozen=True)
 class DPMSolverMultistep(X0Limits):
     """DPM-Solver and DPM-Solver++, multistep (2M, 3M), and DEIS in log rho.
@@ -111,10 +118,7 @@ class DPMSolverMultistep(X0Limits):
         """Whether a step of length h among the last is lowered, given its weights at full order."""
         if self.lower_order_final != "auto":
             return bool(self.lower_order_final)
-        if self.published:
-            return steps < 10
-        amplification = float(np.abs(b).sum() / abs(b.sum()))
-        return h > SHORT_STEP and amplification > AMPLIFICATION[self.form][len(b)]
+        return steps < 10 if self.published else lowers(self.form, h, b)
 
     def _weights(self, schedule: Schedule, nodes: Array, t: float) -> Array:
         """Weights of the outputs at `nodes`, newest first."""

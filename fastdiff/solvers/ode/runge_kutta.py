@@ -36,26 +36,31 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
     """Writes one step from s to t; returns the number of the evaluation at s.
 
     With variable "epsilon": v = x/alpha moves by d v = epsilon d rho, stages at
-    rho_s + c (rho_t - rho_s). With "velocity": x itself moves by d x = velocity d t.
+    rho_s + c (rho_t - rho_s). With "x0": v = x/sigma moves by d v = x0 d(1/rho), stages likewise.
+    With "velocity": x itself moves by d x = velocity d t.
     A step to sigma = 0 is Euler's, whatever the tableau (a stage at c = 1 would ask the network
     for a noise that is not there).
     """
     schedule = rows.schedule
-    straight = rows.variable == "velocity"
+    straight, of_x0 = rows.variable == "velocity", rows.variable == "x0"
     if float(schedule.sigma(t)) == 0.0:
         tableau = "euler"
     c, a, b = TABLEAUS[tableau]
     start, end = (s, t) if straight else (float(schedule.rho(s)), float(schedule.rho(t)))
+    if of_x0:
+        start, end = 1.0 / start, 1.0 / end
     length = end - start
 
     def time_at(node: float) -> float:
         if node in (0.0, 1.0):
             return t if node else s
         at = start + node * length
-        return at if straight else float(schedule.t_of_lambda(-np.log(at)))
+        lam = np.log(at) if of_x0 else -np.log(at)
+        return at if straight else float(schedule.t_of_lambda(lam))
 
     times = [time_at(node) for node in c]
-    scale = [1.0 if straight else float(schedule.alpha(time)) for time in (*times, t)]
+    of = schedule.sigma if of_x0 else schedule.alpha
+    scale = [1.0 if straight else float(of(time)) for time in (*times, t)]
     first = rows.current
     alpha_s = scale[0]
     for i, time in enumerate(times):
