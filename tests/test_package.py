@@ -85,8 +85,9 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler "
+    "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LMS LogRhoDEIS PNDM RESMultistep "
+    "RESSinglestep Reversible RhoAB RhoRK Row Rows Solver TABLEAUS UniPC get info names plan",
 }
 
 

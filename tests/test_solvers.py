@@ -49,6 +49,9 @@ def test_default_last_steps_never_blow_up():
         "deis-3",
         "deis-4",
         "ipndm-4",
+        "lms-4",
+        "plms",
+        "res-3m",
     ):
         for steps in (5, 8, 12, 20):
             plan = fd.plan(VP, solver, steps, grid="uniform")
@@ -81,9 +84,11 @@ def test_registry_names_are_the_field_names():
         "deis-logrho-1", "deis-logrho-2", "deis-logrho-3",
         "deis-euler", "deis-heun", "deis-kutta3", "deis-heun3", "deis-ralston3", "deis-vdh3",
         "deis-ssprk3", "deis-rk4",
-        "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4",
+        "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4", "ipndm-v-2", "ipndm-v-3", "ipndm-v-4",
+        "lms-1", "lms-2", "lms-3", "lms-4", "pndm", "plms",
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
+        "res-2m", "res-3m", "res-2s", "res-3s", "exp-heun-2", "gradient-estimation",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "rex-1",
     }  # fmt: skip
@@ -111,7 +116,8 @@ def test_every_option_of_a_name_changes_something(name):
         "eta": [0.5], "form": ["x0", "epsilon"], "clip": [0.1], "threshold": [0.5],
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
-        "method": ["diffusers", "singlestep_fixed"],
+        "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [1.5],
+        "c2": [0.4], "c3": [0.9],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
@@ -155,6 +161,7 @@ def test_every_combination_of_options_has_a_name_that_exists(make):
         "order": (1, 2, 3, 4), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
         "eta": (0.0, 1.0), "published": (False, True), "warmup": ("lower", "runge-kutta"),
         "solver_type": ("dpmsolver", "taylor"), "lower_order_final": (False, True, "auto"),
+        "skip_prk_steps": (False, True), "gamma": (1.0, 2.0), "c2": (0.5, 1.0), "c3": (0.5, 1.0),
     }  # fmt: skip
     made = list(combinations(make, choices))
     assert made
@@ -179,6 +186,18 @@ def test_what_a_class_defines_is_not_defined_again_below_it(make):
         ("sample_euler", "euler", {}),
         ("EulerDiscreteScheduler", "euler", {}),
         ("FlowMatchEulerDiscreteScheduler", "euler", {}),
+        ("dpm_fast", "dpm-3", {"published": True}),
+        ("sample_dpm_fast", "dpm-3", {"published": True}),
+        ("sample_lms", "lms-4", {}),
+        ("LMSDiscreteScheduler", "lms-4", {}),
+        ("lms", "lms-4", {"lower_order_final": "zero"}),
+        ("ipndm", "ipndm-4", {"lower_order_final": "zero"}),
+        ("IPNDMScheduler", "ipndm-4", {}),
+        ("ipndm_v", "ipndm-v-4", {"lower_order_final": "zero"}),
+        ("PNDMScheduler", "pndm", {}),
+        ("res_multistep", "res-2m", {"lower_order_final": False}),
+        ("exp_heun_2_x0", "exp-heun-2", {}),
+        ("gradient_estimation", "gradient-estimation", {"lower_order_final": "zero"}),
         ("UniPCMultistepScheduler", "unipc-2", {"lower_order_final": True}),
         ("uni_pc", "unipc-3", {"variant": "bh1", "lower_order_final": True}),
         ("uni_pc_bh2", "unipc-3", {"lower_order_final": True}),
@@ -189,13 +208,15 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
     assert fd.solvers.info(alias) is fd.solvers.info(name)
     assert alias not in SOLVERS
     for option, value in options.items():
-        other = not value if isinstance(value, bool) else "vary_coeff"
+        other = {"variant": "vary_coeff", "lower_order_final": value is False}.get(
+            option, not value
+        )
         assert fd.solvers.get(alias, **{option: other}) != fd.solvers.get(alias)
 
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 13
+    assert len(known) == len(set(known)) == len(SOLVERS) + 25
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

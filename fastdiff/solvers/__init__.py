@@ -7,7 +7,11 @@ from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
 from .ode.dpm_multistep import DPMSolverMultistep, LogRhoDEIS
 from .ode.dpm_singlestep import DPMSolverSinglestep
+from .ode.gradient_estimation import GradientEstimation
 from .ode.ipndm import IPNDM
+from .ode.lms import IPNDMV, LMS
+from .ode.pndm import PNDM
+from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
 from .ode.unipc import UniPC
@@ -20,13 +24,20 @@ __all__ = [
     "DDPM",
     "DEIS",
     "IPNDM",
+    "IPNDMV",
+    "LMS",
+    "PNDM",
     "TABLEAUS",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
     "Euler",
+    "ExponentialHeun",
+    "GradientEstimation",
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "RESMultistep",
+    "RESSinglestep",
     "Reversible",
     "RhoAB",
     "RhoRK",

@@ -12,7 +12,20 @@ from ..plans import Plan
 from ..schedules import Schedule
 from .base import Solver
 from .entry import Info
-from .ode import ddim, deis, dpm_multistep, dpm_singlestep, ipndm, reversible, runge_kutta, unipc
+from .ode import (
+    ddim,
+    deis,
+    dpm_multistep,
+    dpm_singlestep,
+    gradient_estimation,
+    ipndm,
+    lms,
+    pndm,
+    res,
+    reversible,
+    runge_kutta,
+    unipc,
+)
 from .sde import ddpm
 
 _FAMILIES = (
@@ -21,8 +34,12 @@ _FAMILIES = (
     runge_kutta,
     deis,
     ipndm,
+    lms,
+    pndm,
     dpm_singlestep,
     dpm_multistep,
+    res,
+    gradient_estimation,
     unipc,
     reversible,
 )

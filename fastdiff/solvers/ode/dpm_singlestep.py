@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -226,6 +227,11 @@ _BUDGETS = {
     2: _BUDGET,
     3: _BUDGET + "; in diffusers the second inner node follows solver_type as well",
 }
+_ALIASES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"dpm_2": {}, "sample_dpm_2": {}},
+    # on the grid "logsnr"
+    3: {"dpm_fast": {"published": True}, "sample_dpm_fast": {"published": True}},
+}
 
 SOLVERS = (
     *(
@@ -238,7 +244,7 @@ SOLVERS = (
             source=DPM,
             fixed={"order": order, "form": "epsilon", "clip": None, "threshold": None}
             | (_DEAD_AT_ORDER_1 if order == 1 else {}),
-            aliases={"dpm_2": {}, "sample_dpm_2": {}} if order == 2 else {},  # k-diffusion's
+            aliases=_ALIASES.get(order, {}),
             same="ddim" if order == 1 else "",
             quirks=_BUDGETS.get(order, ""),
         )
