@@ -104,7 +104,8 @@ def _second_order(
     """From s to the end, with the outputs at s and at the node."""
     (t, h), (_, u) = end, node
     w = moments(schedule, form, s, t, 2, h)
-    g = 0.5 * w[0] * h / u if solver_type == "dpmsolver" else w[1] / u
+    # half a step from the middle is the whole weight, to the last bit
+    g = (0.5 * h / u) * w[0] if solver_type == "dpmsolver" else w[1] / u
     outputs = dict(zip(evaluations, (w[0] - g, g), strict=True))
     return Row(x=transfer(schedule, form, s, t), outputs=outputs)
 
