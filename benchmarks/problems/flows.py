@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probability flows under one schedule, from fixed starts, with what is differentiated."""
+"""Probability flows from fixed starts, with what is differentiated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import nn
 
 import fastdiff as fd
 from fastdiff.bench.flows import VP, Flow, vp_plan
+
+from .velocity import trained
 
 # Three components in eight dimensions, variances between 0.04 and 0.25.
 WEIGHTS = (0.5, 0.3, 0.2)
@@ -31,6 +33,8 @@ TITLES = {
     "empirical": "Exact denoiser of the digits",
     "digits": "Digits network",
     "sde": "Gaussian mixture, reverse SDE",
+    "flow": "Flow network",
+    "flow-mixture": "Gaussian mixture's flow",
 }
 
 
@@ -67,7 +71,24 @@ def untrained(name: str) -> Flow:
         network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
         start = fd.noise.normal((64, 8), 0, 0, dtype=torch.float64)
         return Flow(TITLES[name], network, "epsilon", start, theta=False)
+    if name == "flow":
+        return flow_network()
     return empirical(16) if name == "empirical" else digits(10, theta=False)
+
+
+def flow_network(batch: int = 256) -> Flow:
+    """A velocity network in the plane, trained by flow matching: t runs from 1 to 0."""
+    schedule, network = fd.schedules.FlowMatching(), trained().double()
+    start = fd.noise.normal((batch, 2), 0, 0, dtype=torch.float64)
+    return Flow(TITLES["flow"], network, "velocity", start, theta=False, schedule=schedule)
+
+
+def flow_mixture(batch: int = 64) -> Flow:
+    """The exact velocity of the Gaussian mixture: t runs from 1 to 0."""
+    schedule = fd.schedules.FlowMatching()
+    network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(schedule, "velocity")
+    start = fd.noise.normal((batch, 8), 0, 0, dtype=torch.float64)
+    return Flow(TITLES["flow-mixture"], network, "velocity", start, theta=False, schedule=schedule)
 
 
 def mixture(batch: int = 64) -> Flow:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probability flows under one schedule, from fixed starts, with what is differentiated."""
+"""Probability flows from fixed starts, with what is differentiated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENDS = {"t_max": 1.0, "t_min": 1e-2}  # first and last time of the runs that are
 
 @dataclass(frozen=True)
 class Flow:
-    """A network on `VP`, where to start, and the functional <cotangent, sample> to differentiate.
+    """A network, where to start, and the functional <cotangent, sample> to differentiate.
 
     Attributes:
         title: As printed.
@@ -28,6 +28,7 @@ class Flow:
         start: x at t = 1, [B, ...].
         cond: Conditioning by keyword. Floating tensors in it want a gradient.
         theta: Whether the parameters do.
+        schedule: What the network was made for; t = 1 is its first time.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Flow:
     start: torch.Tensor
     cond: Mapping[str, torch.Tensor] = field(default_factory=dict)
     theta: bool = True
+    schedule: fd.schedules.Schedule = VP
 
     @functools.cached_property
     def cotangent(self) -> torch.Tensor:
@@ -47,6 +49,10 @@ class Flow:
         if not (isinstance(self.network, nn.Module) and self.theta):
             return []
         return [p for p in self.network.parameters() if p.requires_grad]
+
+    def plan(self, solver: str, steps: int, **options: Any) -> fd.Plan:
+        """A plan on the flow's schedule for its network."""
+        return fd.plan(self.schedule, solver, steps, prediction=self.prediction, **options)
 
     def run(self, plan: fd.Plan) -> torch.Tensor:
         """The state in which a run of the plan ends."""
