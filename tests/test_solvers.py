@@ -11,6 +11,8 @@ from support.solvers import VP, redefined
 import fastdiff as fd
 
 SOLVERS = fd.solvers.names()
+# statistics that all elements share, of times as early and as late as any grid here
+SHARED = fd.solvers.ModelStatistics(VP, [0.9, 0.1], [0.5, -0.5], [0.0, 0.0], [-5.1, 4.6])
 
 
 def test_a_plan_says_how_strong_its_starting_noise_is():
@@ -84,6 +86,7 @@ def test_registry_names_are_the_field_names():
         "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4",
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
+        "dpm-v3-1", "dpm-v3-2", "dpm-v3-3",
         "rex-1",
     }  # fmt: skip
 
@@ -111,24 +114,34 @@ def test_every_option_of_a_name_changes_something(name):
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
         "method": ["diffusers", "singlestep_fixed"],
+        "statistics": [SHARED], "degenerated": [True], "use_corrector": [False],
+        "p_pseudo": [True], "c_pseudo": [True], "half": [True],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
     runs = [(VP, "uniform", 6), (VP, "logsnr", 6), (VP, "logsnr", 11), (sd, "trailing", 6)]
     info = fd.solvers.info(name)
     assert all(option in others for option in info.options)
-    for option, values in others.items():
-        if option not in info.options:
-            continue
+    if "statistics" in info.options:  # they belong to one schedule, and end at sigma > 0
+        runs = runs[:3]
+
+    def changes(name, option):
         with_it = {"published": True} if option == "method" else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
-        changed = [
+        with_it |= {"statistics": SHARED} if option == "degenerated" else {}
+        return any(
             fd.plan(schedule, name, steps, grid=grid, **with_it)
             != fd.plan(schedule, name, steps, grid=grid, **with_it | {option: value})
             for schedule, grid, steps in runs
-            for value in values
-        ]
-        assert any(changed), option
+            for value in others[option]
+        )
+
+    for option in info.options:
+        # a family's switches may have nothing to switch at its lowest orders
+        switch = "use_corrector" in info.options and option != "statistics"
+        family = [n for n in SOLVERS if switch and fd.solvers.info(n).make is info.make]
+        heard = [n for n in family if option in fd.solvers.info(n).options]
+        assert any(changes(each, option) for each in (name, *heard)), option
 
 
 def combinations(make, choices):

@@ -12,7 +12,7 @@ from ..plans import Plan
 from ..schedules import Schedule
 from .base import Solver
 from .entry import Info
-from .ode import ddim, deis, dpm_multistep, dpm_singlestep, ipndm, reversible, runge_kutta
+from .ode import ddim, deis, dpm_multistep, dpm_singlestep, dpm_v3, ipndm, reversible, runge_kutta
 from .sde import ddpm
 
 _FAMILIES = (
@@ -23,6 +23,7 @@ _FAMILIES = (
     ipndm,
     dpm_singlestep,
     dpm_multistep,
+    dpm_v3,
     reversible,
 )
 _REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}

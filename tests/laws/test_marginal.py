@@ -32,10 +32,12 @@ def test_perfect_prediction_stays_on_the_marginal(case, name):
     plan = case.inside(schedule, prediction=prediction)
     start = np.array([schedule.alpha(plan.times[0]), schedule.sigma(plan.times[0])])
     states = follow(plan, start, perfect(schedule, prediction))
-    assert len(states) == plan.steps
+    # the last stage of a predictor-corrector corrects a state and goes on from it in one update
+    assert plan.steps - len(states) in (0, 1)
+    times = [*plan.times[1 : len(states)], plan.times[-1]]
     # rounding is relative to the state the run began with
     tolerance = 1e-12 * (1 + np.abs(start).sum())
-    for x, t in zip(states, plan.times[1:], strict=True):
+    for x, t in zip(states, times, strict=True):
         assert x[0] == pytest.approx(float(schedule.alpha(t)), abs=tolerance)
         assert np.linalg.norm(x[1:]) == pytest.approx(float(schedule.sigma(t)), abs=tolerance)
         if not plan.stochastic:
