@@ -21,6 +21,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -156,7 +157,8 @@ class Writer:
     def add(self, t: float, x: Terms | None = None, e: Terms | None = None) -> int:
         """A stage that evaluates at t; see `Rows.add`. Returns the evaluation's number."""
         k = self.rows.current
-        products, fields = [], {}
+        products: list[Product] = []
+        fields: dict[str, Any] = {}
         offset = _plain(self.part.offset(t))
         if isinstance(offset, float):
             fields["u"] = offset

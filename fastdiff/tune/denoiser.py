@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The x0 prediction of a network, guided or not, and its derivatives along a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .. import conditioning
+from ..guidance import UNGUIDED, Guidance
+from ..guidance.base import combine
+from ..schedules import Schedule
+
+DERIVATIVES = ("forward", "finite")
+_STEP = {torch.float32: 1e-2, torch.float64: 1e-4}  # of a central difference, by dtype
+_LAMBDA = 1e-4  # half the step of a difference of the schedule's own functions
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """D(x, lambda): the x0 that a network predicts.
+
+    Attributes:
+        network: `network(x, t, **cond)`.
+        schedule: The schedule.
+        prediction: What the network returns.
+        guidance: How the outputs of its branches become one.
+        derivative: "forward" (forward-mode automatic differentiation) or "finite" (central
+            differences).
+        cond: Conditioning of the samples at hand.
+    """
+
+    network: Any
+    schedule: Schedule
+    prediction: str
+    guidance: Guidance = UNGUIDED
+    derivative: str = "forward"
+    cond: Any = None
+
+    def of(self, cond: Any) -> Denoiser:
+        """The same for other samples."""
+        return replace(self, cond=cond)
+
+    def numbers(self, lam: float) -> tuple[float, float, float, float]:
+        """(model time, c_in, p, q) at lambda: D = p x + q network(c_in x, model time)."""
+        t = float(self.schedule.t_of_lambda(lam))
+        time = float(self.schedule.model_time(t, self.prediction))
+        c_in = float(self.schedule.c_in(t, self.prediction))
+        return (time, c_in, *self.schedule.conversion(self.prediction, "x0", t))
+
+    def rates(self, lam: float, first: float, last: float) -> tuple[float, ...]:
+        """d/dlambda of `numbers`, by differences that stay between the ends."""
+        low, high = max(lam - _LAMBDA, first), min(lam + _LAMBDA, last)
+        ends = zip(self.numbers(low), self.numbers(high), strict=True)
+        return tuple((b - a) / (high - low) for a, b in ends)
+
+    def x0(self, x: torch.Tensor, lam: float) -> torch.Tensor:
+        """D at x."""
+        time, c_in, p, q = self.numbers(lam)
+        return p * x + q * self._output(c_in * x, time)
+
+    def change(
+        self,
+        x: torch.Tensor,
+        lam: float,
+        direction: torch.Tensor,
+        rates: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
+        derivative: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(D, its derivative along `direction` in x, with time and scales at these `rates`)."""
+        time, c_in, p, q = self.numbers(lam)
+        d_time, d_in, d_p, d_q = rates
+        given, moved = c_in * x, c_in * direction + d_in * x
+        how = self._forward if (derivative or self.derivative) == "forward" else self._finite
+        out, d_out = how(given, time, moved, d_time)
+        return p * x + q * out, p * direction + d_p * x + d_q * out + q * d_out
+
+    def _forward(
+        self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        now = torch.tensor(time, dtype=x.dtype, device=x.device)
+        try:
+            with _differentiable_attention():
+                out, d_out = torch.func.jvp(
+                    self._output, (x, now), (moved, torch.full_like(now, d_time))
+                )[:2]
+        except (RuntimeError, NotImplementedError) as error:
+            raise NotImplementedError(
+                "ems: derivative='forward' needs a network that forward-mode differentiation "
+                f"passes through; got {type(error).__name__}: {str(error).splitlines()[0][:160]}. "
+                "Give derivative='finite'."
+            ) from error
+        return out, d_out
+
+    def _finite(
+        self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        step = _STEP[x.dtype]
+        before = self._output(x - step * moved, time - step * d_time)
+        after = self._output(x + step * moved, time + step * d_time)
+        return self._output(x, time), (after - before) / (2.0 * step)
+
+    def _output(self, x: torch.Tensor, time: float | torch.Tensor) -> torch.Tensor:
+        """The network's output, of all branches together, in x's dtype."""
+        copies = self.guidance.branches
+        cond = self.guidance.conditions(self.cond, x.shape[0])
+        places, names = conditioning.arguments_of(cond)
+        held = parameters_of(self.network)
+        dtype = next((p.dtype for p in held if p.is_floating_point()), x.dtype)
+        given = torch.cat([x] * copies).to(dtype)
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        now = torch.as_tensor(time, dtype=kind, device=x.device).expand(given.shape[0])
+        out = self.network(given, now, *places, **names).to(x.dtype)
+        if out.shape != given.shape:
+            raise ValueError(
+                f"ems: the network returns its input's shape, {tuple(given.shape)}; got "
+                f"{tuple(out.shape)}."
+            )
+        return combine(self.guidance.combined_weights(0, x), out.chunk(copies))
+
+
+def parameters_of(network: Any) -> list[torch.Tensor]:
+    """The network's parameters; none where it is no nn.Module."""
+    return list(network.parameters()) if isinstance(network, torch.nn.Module) else []
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """Attention by plain operations: the fused kernels have no forward-mode derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
