@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from ..guidance.base import combine
 from ..schedules import Schedule
 
 DERIVATIVES = ("forward", "finite")
-_STEP = {torch.float32: 1e-2, torch.float64: 1e-4}  # of a central difference, by dtype
+_STEP = {torch.float32: 1e-3, torch.float64: 1e-5}  # of a central difference, by dtype
 _LAMBDA = 1e-4  # half the step of a difference of the schedule's own functions
 
 
@@ -84,6 +86,7 @@ class Denoiser:
         self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         now = torch.tensor(time, dtype=x.dtype, device=x.device)
+        _load_forward_mode()
         try:
             with _differentiable_attention():
                 out, d_out = torch.func.jvp(
@@ -127,6 +130,15 @@ class Denoiser:
 def parameters_of(network: Any) -> list[torch.Tensor]:
     """The network's parameters; none where it is no nn.Module."""
     return list(network.parameters()) if isinstance(network, torch.nn.Module) else []
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Lets PyTorch load its forward mode, which warns of PyTorch's own use of TorchScript."""
+    one = torch.ones(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.func.jvp(torch.sin, (one,), (one,))
 
 
 @contextmanager

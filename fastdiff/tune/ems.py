@@ -26,6 +26,7 @@ from .statistics import Statistics, fingerprint, read, write
 _PARTIAL = "fastdiff-statistics-partial"
 # Sums over samples, each [M + 1, *shape]; with w = x / alpha, D the x0 prediction, D' its rate.
 _SUMS = ("slope", "D", "w", "DD", "Dw", "ww", "D'", "DD'", "wD'")
+_CONSTANT = 1e-8  # relative variance up to which f is a constant, whatever its rounding errors say
 _MISMATCH = 0.2  # relative difference at which two derivatives are not of one function
 
 
@@ -351,7 +352,7 @@ class _Estimate:
         square = xx + 2.0 * less * xw + less**2 * ww
         cross = xdx + less * (xx - xw) + d_l * xw + less * (wdx + less * (xw - ww) + d_l * ww)
         variance = square - mean**2
-        varies = variance > 1e-12 * square
+        varies = variance > _CONSTANT * square
         s = np.where(varies, (cross - mean * mean_d) / np.where(varies, variance, 1.0), 0.0)
         return Statistics(
             self.denoiser.schedule,
