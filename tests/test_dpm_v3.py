@@ -262,7 +262,7 @@ CHANGED = dataclasses.replace(PLAN, stages=(FEWER, *PLAN.stages[1:]))
         (lambda: published().extras(PLAN, START[:, None]), ValueError, r"got x of .*\(4, 1, 8\)"),
         (lambda: published().extras(CHANGED),
          ValueError, "a plan whose rows were changed"),
-        (lambda: fd.sample(wavy, START, PLAN), ValueError, "the plan reads 45 extra"),
+        (lambda: fd.sample(wavy, START, PLAN), ValueError, "the plan reads 41 extra"),
         (lambda: published().check(wavy), ValueError, "a fingerprint, which these do not hold"),
         (lambda: fd.tune.Statistics(VP, [1.0, 0.5], [0.0], [0.0, 0.0]), ValueError,
          r"one entry a point of lambda_grid; got s of shape \(1,\)"),

@@ -77,7 +77,7 @@ def test_a_name_missing_from_fastdiff_kernels_is_an_ordinary_error():
 # Adding a name is a decision, taking one away a breaking change: both edit this list.
 PUBLIC = {
     "fastdiff": "AdjointDEIS Batcher CFG Discrete Graph Measure PerStage Plan Product Reduction "
-    "Sampler Stage backends grids models noise plan sample schedules solvers",
+    "Sampler Stage backends grids models noise plan sample schedules solvers tune",
     "fastdiff.backends": "Backend BoundStage LARGE Registers Table choose get measure names rivals "
     "status table",
     "fastdiff.grids": "build names",
@@ -85,8 +85,9 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep DPMSolverV3 Euler "
+    "Heun IPNDM Info LogRhoDEIS ModelStatistics Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "fastdiff.tune": "Statistics ems",
 }
 
 

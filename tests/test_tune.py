@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Statistics of a network are those of its definition, resumable, and known by their network."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from support.statistics import MIXTURE, VP
 
 import fastdiff as fd
@@ -60,7 +64,7 @@ def test_statistics_of_a_gaussian_are_those_of_its_formula(derivative, predictio
             sigma = (1.0 - alpha**2).sqrt()
             return (epsilon(x, t) - sigma * x) / alpha
 
-    given = COMMON | {"intervals": 120, "samples": 100}
+    given = COMMON | {"intervals": 120, "samples": 40}
     found = fd.tune.ems(network, VP, prediction=prediction, derivative=derivative, **given)
     slope, rate = expected(found.lambda_grid)
     np.testing.assert_allclose(found.l, slope, rtol=0, atol=1e-6)  # the Jacobian is diagonal
@@ -211,3 +215,21 @@ def test_guidance_is_part_of_the_network():
 def test_what_cannot_be_estimated_is_refused(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_the_benchmark_prints_a_table(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    path = Path(__file__).parents[1] / "benchmarks" / "tune_digits.py"
+    spec = importlib.util.spec_from_file_location("tune_digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    given = {
+        "statistics": tmp_path / "s.npz", "samples": 4, "intervals": 6, "count": 2,
+        "reference": 10, "nfe": "5", "grids": "logsnr", "solvers": "ddim",
+    }  # fmt: skip
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    done = CliRunner().invoke(module.main, options, catch_exceptions=False)
+    rows = [line.split(" | ") for line in done.output.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows][:2] == ["| `ddim`", "| `dpm-v3-2` S"]
+    assert len(rows) == 1 + len(module.V3)
+    assert all(np.isfinite(float(row[1].rstrip(" |"))) for row in rows)

@@ -20,6 +20,7 @@ from ..sampler import sample
 from ..schedules import Array, Schedule, prediction_name
 from ..solvers import plan
 from ..solvers.base import choice
+from .checks import check_derivative, check_network, check_same
 from .denoiser import DERIVATIVES, Denoiser, parameters_of
 from .statistics import Statistics, fingerprint, read, write
 
@@ -27,7 +28,6 @@ _PARTIAL = "fastdiff-statistics-partial"
 # Sums over samples, each [M + 1, *shape]; with w = x / alpha, D the x0 prediction, D' its rate.
 _SUMS = ("slope", "D", "w", "DD", "Dw", "ww", "D'", "DD'", "wD'")
 _CONSTANT = 1e-8  # relative variance up to which f is a constant, whatever its rounding errors say
-_MISMATCH = 0.2  # relative difference at which two derivatives are not of one function
 
 
 def ems(
@@ -186,8 +186,8 @@ class _Estimate:
         if part is not None and part.exists():
             known, arrays = read(part, _PARTIAL)
             done = int(known.pop("done"))
-            _check_same(part, known, head)
-            _check_network(part, arrays["fingerprint"], own)
+            check_same(part, known, head)
+            check_network(part, arrays["fingerprint"], own)
             sums = arrays["sums"]
         while done < total:
             with torch.no_grad():
@@ -235,7 +235,7 @@ class _Estimate:
                 f"ems: {str(path)!r} holds the statistics of another schedule, prediction, grid "
                 "or shape. Give another path, or delete it."
             )
-        _check_network(path, found.fingerprint, own)
+        check_network(path, found.fingerprint, own)
         return found
 
     def _of(self, start: int, stop: int) -> Denoiser:
@@ -315,7 +315,7 @@ class _Estimate:
         _, change = denoiser.change(x, lam, direction, rates)
         if denoiser.derivative == "forward" and i == len(self.grid) // 2 and seeds[0] == self.seed:
             _, other = denoiser.change(x, lam, direction, rates, "finite")
-            _check_derivative(change, other)
+            check_derivative(change, other)
         slope = self._slope(x, lam, denoiser, i, seeds)
         x0, w, change = found.double(), w.double(), change.double()
         terms = (slope, x0, w, x0 * x0, x0 * w, w * w, change, x0 * change, w * change)
@@ -371,33 +371,3 @@ def _rate(values: Array, grid: Array) -> Array:
         return np.broadcast_to((values[1] - values[0]) / (grid[1] - grid[0]), values.shape)
     found: Array = np.gradient(values, grid, axis=0, edge_order=2)
     return found
-
-
-def _check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises unless partial sums were made with the same arguments."""
-    for name, value in wanted.items():
-        if known.get(name) != value:
-            raise ValueError(
-                f"ems: {str(path)!r} holds an estimate with other arguments: its {name} differs. "
-                "Give the same arguments or another path, or delete it."
-            )
-
-
-def _check_network(path: Path, known: Any, own: Any) -> None:
-    """Raises unless a file was made with the same network."""
-    if known.shape != own.shape or not np.allclose(known, own, rtol=1e-3, atol=1e-3):
-        raise ValueError(
-            f"ems: {str(path)!r} holds an estimate of another network, or of other conditioning. "
-            "Give another path, or delete it."
-        )
-
-
-def _check_derivative(forward: torch.Tensor, finite: torch.Tensor) -> None:
-    """Raises where forward mode misses a part of the derivative, such as that of the time."""
-    apart = float((forward - finite).norm() / finite.norm().clamp_min(1e-30))
-    if apart > _MISMATCH:
-        raise ValueError(
-            "ems: derivative='forward' differentiates the network in x and in its time; got a "
-            f"derivative that differs by {100 * apart:.3g} % from central differences, as where "
-            "the network reads its time on the host. Give derivative='finite'."
-        )
