@@ -154,6 +154,24 @@ def test_perfect_linear_statistics_make_a_gaussian_exact():
         torch.testing.assert_close(sampled(plan, statistics, x, network), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_exact_integrals_of_no_linear_part_are_the_closed_form(order):
+    edm = fd.schedules.EDM()
+    lam = np.linspace(*edm.lambda_t([80.0, 2e-3]), 31)
+    none = fd.tune.Statistics(edm, np.ones(31), np.zeros(31), np.zeros(31), lam)
+    sigma = 1.3 * np.exp(-np.array([0.0, 1e-8, 2.5e-8, 1e-6, 1e-2, 0.5, 5.5]))  # steps of all sizes
+    for options in ({}, {"p_pseudo": True, "c_pseudo": True}):
+        integrated, closed = (
+            fd.plan(edm, f"dpm-v3-{order}", 6, grid=sigma, **options, **given)
+            for given in ({"statistics": none}, {})
+        )
+        for stage, other in zip(integrated.stages, closed.stages, strict=True):
+            for name in ("a_x", "b", "d_x", "g"):
+                got, wanted = (np.atleast_1d(getattr(s, name)) for s in (stage, other))
+                # the differences of old outputs over a small gap are large, and cancel
+                np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "x0", "v", "score"])
 def test_every_prediction_gives_one_trajectory(prediction):
     results = []

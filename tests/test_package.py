@@ -86,7 +86,8 @@ PUBLIC = {
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep DPMSolverV3 Euler "
-    "Heun IPNDM Info LogRhoDEIS ModelStatistics Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "Heun IPNDM Info LogRhoDEIS ModelStatistics Reversible RhoAB RhoRK Row Rows Solver TABLEAUS "
+    "get info names plan",
     "fastdiff.tune": "Statistics ems",
 }
 

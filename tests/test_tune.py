@@ -112,6 +112,54 @@ def test_statistics_of_the_mixture_are_those_of_its_expectations():
     torch.testing.assert_close(b, mean_rate - s * mean, rtol=0, atol=0.06)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "span"),
+    [
+        (fd.schedules.EDM(), "edm", {}),
+        (fd.schedules.FlowMatching(), "velocity", {"t_max": 0.99, "t_min": 0.01}),
+        (fd.schedules.VPDiscrete.scaled_linear(), "epsilon", {}),
+    ],
+    ids=str,
+)
+def test_statistics_pay_on_every_schedule(schedule, prediction, span):
+    network = MIXTURE.network(schedule, prediction)
+    data = MIXTURE.sample(200, torch.Generator().manual_seed(0))
+    found = fd.tune.ems(
+        network, schedule, data=data, prediction=prediction, derivative="finite", probes=2,
+        intervals=40, samples=200, batch=200, **span,
+    )  # fmt: skip
+    # at the noisy end x0 = mean + c e^lambda eps: it grows like e^lambda, and s is 1, even where
+    # that end is the schedule's own and a difference can look to one side alone
+    np.testing.assert_allclose(found.s[0], 1.0, atol=0.15)
+    ends = schedule.t_of_lambda(found.lambda_grid[[0, -1]])
+    common = {"grid": "logsnr", "prediction": prediction}
+    common |= {"t_max": float(ends[0]), "t_min": float(ends[1])}
+    exact = fd.plan(schedule, "deis-rk4", 100, **common)
+    x = fd.noise.prior(exact, (32, 8), seeds=0, dtype=torch.float64)
+    wanted = fd.sample(network, x, exact)
+
+    def error(name, **options):
+        plan = fd.plan(schedule, name, 6, **common, **options)
+        extras = found.extras(plan, x) if options else ()
+        return float((fd.sample(network, x, plan, extras=extras) - wanted).norm())
+
+    assert error("dpm-v3-2", statistics=found) < 0.85 * error("dpmpp-3m")
+
+
+def test_a_grid_may_end_at_the_data():
+    edm = fd.schedules.EDM()
+    network = MIXTURE.network(edm, "x0")
+    data = MIXTURE.sample(100, torch.Generator().manual_seed(0))
+    given = {"prediction": "x0", "derivative": "finite", "intervals": 40, "samples": 100}
+    found = fd.tune.ems(network, edm, data=data, **given)
+    plan = fd.plan(edm, "dpm-v3-3", 12, statistics=found, prediction="x0")
+    assert plan.times[-1] == 0.0
+    x = fd.noise.prior(plan, (16, 8), seeds=0, dtype=torch.float64)
+    exact = fd.sample(network, x, fd.plan(edm, "heun", 200, prediction="x0"))
+    got = fd.sample(network, x, plan, extras=found.extras(plan, x))
+    assert float((got - exact).abs().max()) < 0.25
+
+
 def test_probes_estimate_the_diagonal():
     network = MIXTURE.network(VP)
     data = MIXTURE.sample(512, torch.Generator().manual_seed(1))

@@ -63,14 +63,14 @@ class Integrated(LinearPart):
         """
 
     @abc.abstractmethod
-    def integrate(self, start: float, end: float) -> Span:
-        """The integrals from one lambda to a larger one."""
+    def integrate(self, start: float, end: float, length: float) -> Span:
+        """The integrals from one lambda to a larger one; `length` is their exact difference."""
 
     def span(self, s: float, t: float) -> Span:
         """The integrals of the step from time s to time t."""
         key = self.place(s), self.place(t)
         if key not in self._spans:
-            self._spans[key] = self.integrate(*key)
+            self._spans[key] = self.integrate(*key, float(self.statistics.schedule.h(s, t)))
         return self._spans[key]
 
     def offset(self, t: float) -> Coefficient:
@@ -78,11 +78,17 @@ class Integrated(LinearPart):
         return (at(self.statistics, "l", self.place(t)) - 1.0) / alpha
 
     def step(self, s: float, t: float, count: int) -> tuple[Coefficient, list[Coefficient]]:
-        found, alpha = self.span(s, t), self.statistics.schedule.alpha
+        alpha = self.statistics.schedule.alpha
+        if float(self.statistics.schedule.sigma(t)) == 0.0:  # the step is to x0 itself, of order 1
+            end = float(alpha(t))
+            return -end * self.offset(s), [end]
+        found = self.span(s, t)
         scale = float(alpha(t)) * np.exp(-found.big_l)
         return scale / float(alpha(s)), [scale * m for m in found.moments[:count]]
 
     def drift(self, s: float, t: float) -> Coefficient:
+        if float(self.statistics.schedule.sigma(t)) == 0.0:
+            return 0.0
         found = self.span(s, t)
         return float(self.statistics.schedule.alpha(t)) * np.exp(-found.big_l) * found.forced
 
@@ -97,10 +103,16 @@ class Integrated(LinearPart):
         return scale, -scale * found.big_b
 
 
+def interval(statistics: ModelStatistics, lam: float) -> int:
+    """Number of the interval of the grid that lambda lies in, or is nearest to."""
+    grid = statistics.lambda_grid
+    return min(max(int(np.searchsorted(grid, lam)) - 1, 0), len(grid) - 2)
+
+
 def at(statistics: ModelStatistics, name: str, lam: float) -> Array:
     """A statistic at one lambda, [*shape]."""
     grid, values = statistics.lambda_grid, getattr(statistics, name)
-    i = min(max(int(np.searchsorted(grid, lam)) - 1, 0), len(grid) - 2)
+    i = interval(statistics, lam)
     part = (lam - grid[i]) / (grid[i + 1] - grid[i])
     value: Array = (1.0 - part) * values[i] + part * values[i + 1]
     return value
@@ -112,11 +124,11 @@ class Exact(Integrated):
     def place(self, t: float) -> float:
         return self.statistics.inside(t)
 
-    def integrate(self, start: float, end: float) -> Span:
-        grid = self.statistics.lambda_grid
+    def integrate(self, start: float, end: float, length: float) -> Span:
+        offsets = self.statistics.lambda_grid - start
         zero = np.zeros(self.statistics.shape)
         found = Span(zero, zero, zero, [zero] * _POWERS, zero)
-        knots = [start, *grid[(grid > start) & (grid < end)].tolist(), end]
+        knots = [0.0, *offsets[(offsets > 0.0) & (offsets < length)].tolist(), length]
         for left, right in itertools.pairwise(knots):
             if right > left:
                 pieces = math.ceil((right - left) / _WIDEST)
@@ -126,15 +138,15 @@ class Exact(Integrated):
         return found
 
     def _add_panel(self, found: Span, start: float, left: float, right: float) -> None:
-        """Adds a panel on which l, s and b are linear."""
+        """Adds a panel, between two offsets from the start, on which l, s and b are linear."""
         width = right - left
         delta = (width * _NODES).reshape(-1, *[1] * len(self.statistics.shape))
-        middle = 0.5 * (left + right)
+        middle = start + 0.5 * (left + right)
 
         def linear(name: str) -> tuple[Array, Array]:
             """Value at the left end, and slope."""
             value = at(self.statistics, name, middle)
-            i = int(np.searchsorted(self.statistics.lambda_grid, middle)) - 1
+            i = interval(self.statistics, middle)
             knots, values = self.statistics.lambda_grid, getattr(self.statistics, name)
             slope = (values[i + 1] - values[i]) / (knots[i + 1] - knots[i])
             return value - 0.5 * width * slope, slope
@@ -149,7 +161,7 @@ class Exact(Integrated):
         inner = np.exp(-big_s) * (value + slope * delta)
         big_b = found.big_b + width * np.tensordot(_UP_TO, inner, 1)
         weighed = np.exp(big_l + big_s)
-        offsets = left - start + width * _NODES
+        offsets = left + width * _NODES
         found.moments = [
             m + width * np.tensordot(_WEIGHTS * offsets**p, weighed, 1)
             for p, m in enumerate(found.moments)
@@ -184,7 +196,7 @@ class Trapezoids(Integrated):
         moved: Array = self.statistics.schedule.t_of_lambda(places)
         return moved
 
-    def integrate(self, start: float, end: float) -> Span:
+    def integrate(self, start: float, end: float, length: float) -> Span:
         statistics = self.statistics
         grid = statistics.lambda_grid
         i, j = (int(np.searchsorted(grid, lam)) for lam in (start, end))

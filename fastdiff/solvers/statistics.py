@@ -25,7 +25,7 @@ class ModelStatistics:
         schedule: The schedule that they were estimated on.
         l, s, b: float64 [M + 1, *shape], or [M + 1] for numbers that all elements share.
         lambda_grid: The M + 1 values of lambda, increasing; None: uniform from the schedule's t_max
-            to its t_min, where the authors' files have them.
+            to its t_min (to its least sigma > 0), where the authors' files have them.
         prediction: What the network returns.
 
     Raises:
@@ -53,8 +53,7 @@ class ModelStatistics:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         grid = self.lambda_grid
         if grid is None:
-            ends = (self.schedule.lambda_t(t) for t in (self.schedule.t_max, self.schedule.t_min))
-            first, last = map(float, ends)
+            first, last = (float(self.schedule.lambda_t(t)) for t in default_ends(self.schedule))
             grid = np.linspace(first, last, len(np.atleast_1d(self.l)))
         object.__setattr__(self, "lambda_grid", _frozen(grid))
         lam = self.lambda_grid
@@ -108,6 +107,10 @@ class ModelStatistics:
             )
         return min(max(lam, first), last)
 
+    def __repr__(self) -> str:
+        what = f"{self.intervals} intervals, samples of shape {self.shape}, digest {self.digest}"
+        return f"{type(self).__name__}({self.schedule}, {self.prediction!r}, {what})"
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelStatistics) and self.digest == other.digest
 
@@ -126,6 +129,12 @@ class ModelStatistics:
                 f"statistics: they belong to a network that predicts {self.prediction!r}; got a "
                 f"plan of prediction={prediction!r}. Give the plan the network's own prediction."
             )
+
+
+def default_ends(schedule: Schedule) -> tuple[float, float]:
+    """(t_max, t_min) of a schedule, or of its least sigma > 0 where t_min is at sigma = 0."""
+    to_data = float(schedule.sigma(schedule.t_min)) == 0.0
+    return schedule.t_max, schedule.t_floor if to_data else schedule.t_min
 
 
 def _frozen(values: ArrayLike) -> Array:

@@ -103,10 +103,21 @@ class Denoiser:
     def _finite(
         self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        step = _STEP[x.dtype]
-        before = self._output(x - step * moved, time - step * d_time)
-        after = self._output(x + step * moved, time + step * d_time)
-        return self._output(x, time), (after - before) / (2.0 * step)
+        step, here = _STEP[x.dtype], self._output(x, time)
+        # at an end of the schedule the difference looks inside, where the network was trained
+        sides = [k for k in (-1, 1) if self._has_time(time + k * step * d_time)]
+        sides = [-1, 1] if d_time == 0.0 or not sides else sides
+        ends = {k: self._output(x + k * step * moved, time + k * step * d_time) for k in sides}
+        if len(sides) == 2:
+            return here, (ends[1] - ends[-1]) / (2.0 * step)
+        (side,) = sides
+        far = self._output(x + 2 * side * step * moved, time + 2 * side * step * d_time)
+        return here, side * (4.0 * ends[side] - 3.0 * here - far) / (2.0 * step)
+
+    def _has_time(self, time: float) -> bool:
+        """Whether the schedule has the time that the network is told."""
+        low, high = self.schedule.domain
+        return low <= float(self.schedule.time_of_model(time, self.prediction)) <= high
 
     def _output(self, x: torch.Tensor, time: float | torch.Tensor) -> torch.Tensor:
         """The network's output, of all branches together, in x's dtype."""

@@ -20,6 +20,7 @@ from ..sampler import sample
 from ..schedules import Array, Schedule, prediction_name
 from ..solvers import plan
 from ..solvers.base import choice
+from ..solvers.statistics import default_ends
 from .checks import check_derivative, check_network, check_same
 from .denoiser import DERIVATIVES, Denoiser, parameters_of
 from .statistics import Statistics, fingerprint, read, write
@@ -83,7 +84,7 @@ def ems(
         probes: Probes of a state; "exact": one for each element, for states of few elements.
         derivative: "forward" (forward-mode differentiation) or "finite" (central differences), for
             networks that refuse forward mode or read their time on the host.
-        t_max, t_min: Ends of the grid; None: the schedule's own.
+        t_max, t_min: Ends of the grid; None: the schedule's own, or its least sigma > 0.
         seed: Seed of all noise.
         device: Where the network runs; None: where its first parameter is, or the data.
         save: A file. Partial sums stand in `<save>.part` after every batch; a call with the same
@@ -120,7 +121,8 @@ def ems(
         raise ValueError(f"ems: data is [N, *shape] with N > 0; got {tuple(data.shape)}.")
     guidance = guidance or UNGUIDED
     _check_guidance(guidance, intervals)
-    ends = (schedule.t_max if t_max is None else t_max, schedule.t_min if t_min is None else t_min)
+    usual = default_ends(schedule)
+    ends = (usual[0] if t_max is None else t_max, usual[1] if t_min is None else t_min)
     first, last = (float(schedule.lambda_t(t)) for t in ends)
     if not -math.inf < first < last < math.inf:
         raise ValueError(

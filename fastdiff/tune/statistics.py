@@ -29,7 +29,7 @@ _ARRAYS = ("lambda_grid", "l", "s", "b", "fingerprint")
 _APART = 0.02  # relative difference from which on two networks are not the same
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics(ModelStatistics):
     """l, s and b of a network, for plans of dpm-v3.
 
