@@ -101,7 +101,7 @@ def ems(
         TypeError: An argument has the wrong kind.
         NotImplementedError: The network refuses forward mode.
 
-    Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, section 3.2, equations 5, 8 and 11.
+    Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, section 3: the definitions of l, s, b.
     """
     counts = {"intervals": intervals, "samples": samples, "batch": batch}
     if probes != "exact":

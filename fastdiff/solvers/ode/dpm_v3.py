@@ -65,8 +65,8 @@ class DPMSolverV3(Solver):
             intervals over the plan's range without statistics), and moves the times to that grid.
             By default the piecewise linear statistics are integrated exactly, at any times.
 
-    Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, equations 9 and 10, algorithms 1 and 2,
-    appendix on pseudo-order; code thu-ml/DPM-Solver-v3 ba16871 dpm_solver_v3.py.
+    Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, sections 3 and 4 and the appendix on
+    pseudo-order; code thu-ml/DPM-Solver-v3 ba16871 dpm_solver_v3.py.
     """
 
     order: int = 3
