@@ -11,6 +11,7 @@ from support.solvers import VP, redefined
 import fastdiff as fd
 
 SOLVERS = fd.solvers.names()
+RESTARTED = ("restart", "s_noise")  # there is no noise without restarts
 
 
 def test_a_plan_says_how_strong_its_starting_noise_is():
@@ -91,6 +92,7 @@ def test_registry_names_are_the_field_names():
         "res-2m", "res-3m", "res-2s", "res-3s", "exp-heun-2", "gradient-estimation",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "rex-1",
+        "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",
     }  # fmt: skip
 
 
@@ -116,9 +118,11 @@ def test_every_option_of_a_name_changes_something(name):
         "eta": [0.5], "form": ["x0", "epsilon"], "clip": [0.1], "threshold": [0.5],
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
-        "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [1.5],
-        "c2": [0.4], "c3": [0.9],
+        "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [0.7],
+        "c2": [0.4], "c3": [0.9], "timestep_scaling": [1.0], "sigma_data": [2.0], "eps": [0.3],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
+        "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
+        "restarts": [[(0.1, 0.5, 1, 2)]],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
@@ -132,6 +136,7 @@ def test_every_option_of_a_name_changes_something(name):
         unipc = {"variant": "vary_coeff", "lower_order_final": True}
         with_it |= unipc if ("variant" in info.options and option == "published") else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
+        with_it |= {"restarts": [(0.1, 0.5, 1, 2)]} if (name, option) == RESTARTED else {}
         changed = [
             fd.plan(schedule, name, steps, grid=grid, **with_it)
             != fd.plan(schedule, name, steps, grid=grid, **with_it | {option: value})
@@ -170,7 +175,7 @@ def test_every_combination_of_options_has_a_name_that_exists(make):
 
 @pytest.mark.parametrize("make", CLASSES, ids=lambda make: make.__name__)
 def test_what_a_class_defines_is_not_defined_again_below_it(make):
-    assert redefined(make) - {"intervals"} == set()
+    assert redefined(make) - {"intervals", "default_grid", "write_jump"} == set()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +221,7 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 25
+    assert len(known) == len(set(known)) == len(SOLVERS) + 30
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

@@ -25,11 +25,16 @@ solver has a warm-up; a dash means that more steps converge to nothing. NFE coun
 evaluations. The form is the variable that a step combines; where it depends on the schedule or an
 option, those of the defaults on VPLinear and FlowMatching are given."""
 
+_ADAPTIVE = """\
+## With steps of their own choice
+
+For `fd.adaptive`, which takes steps as long as a tolerance allows."""
+
 _NAMES = """\
 ## Names elsewhere
 
-Accepted by `fd.plan` in the place of ours, with the options that make them the same sampler. The
-times are not part of a name."""
+Accepted in the place of ours, with the options that make them the same sampler: by `fd.plan`, and
+by `fd.adaptive` for those with steps of their own choice. The times are not part of a name."""
 
 _SAME = """\
 ## One table under several names
@@ -52,37 +57,49 @@ Where a solver has `published=True`, that option reproduces it."""
 @click.command()
 @click.option("--markdown", is_flag=True, help="Print the page docs/solvers.md.")
 def solvers(markdown: bool) -> None:
-    """List the solvers: name, measured order, evaluations a step, what each is, and its source."""
+    """List the solvers: name, measured order, evaluations a step, what each is, and its source.
+
+    After them stand those that choose their own steps, for `fastdiff.adaptive`.
+    """
     entries = [fd.solvers.info(name) for name in fd.solvers.names()]
+    adaptive = [fd.solvers.adaptive_info(name) for name in fd.solvers.adaptive_names()]
     if markdown:
-        click.echo(page(entries))
+        click.echo(page(entries, adaptive))
         return
-    rows = [["name", "order", "NFE/step", "what", "source"]]
-    rows += [[e.name, _order(e), _nfe(e), e.summary, e.source] for e in entries]
-    click.echo(columns(rows))
+    head = ["name", "order", "NFE/step", "what", "source"]
+    click.echo(columns([head, *map(_row, entries)]))
+    click.echo("\nWith steps of their own choice (fastdiff.adaptive):")
+    click.echo(columns([head, *map(_row, adaptive)]))
 
 
-def page(entries: Sequence[fd.solvers.Info]) -> str:
-    """The entries as a page of Markdown."""
+def _row(entry: fd.solvers.Info) -> list[str]:
+    return [entry.name, _order(entry), _nfe(entry), entry.summary, entry.source]
+
+
+def page(entries: Sequence[fd.solvers.Info], adaptive: Sequence[fd.solvers.Info]) -> str:
+    """The solvers, and those that choose their own steps, as a page of Markdown."""
+    every = [*entries, *adaptive]
     facts = ((f"`{e.name}`", _order(e), _nfe(e), _form(e), _what(e), e.source) for e in entries)
-    aliases = [(e, alias) for e in entries for alias in e.aliases]
-    names = ((f"`{e.name}`", *_columns_of(e)) for e in entries if e.aliases)
+    chosen = ((f"`{e.name}`", _order(e), _nfe(e), e.summary, e.source) for e in adaptive)
+    names = ((f"`{e.name}`", *_columns_of(e)) for e in every if e.aliases)
     options = ((f"`{e.name}`", _options(e.options)) for e in entries)
+    chosen_options = ((f"`{e.name}`, adaptive", _options(e.options)) for e in adaptive)
+    same = _groups((e.same, e.name) for e in every if e.same)
+    quirks = _groups((e.quirks, e.name) for e in every if e.quirks)
     parts = [
         _INTRODUCTION,
         _table(("name", "order", "NFE a step", "form", "what it is", "source"), facts),
+        _ADAPTIVE,
+        _table(("name", "order", "NFE a step", "what it is", "source"), chosen),
+        _NAMES,
+        _table(("here", "diffusers", "k-diffusion", "ComfyUI"), names),
+        _SAME,
+        "\n".join(f"- `{first}`: {_listed(rest)}" for first, rest in same.items()),
+        _QUIRKS,
+        "\n".join(f"- {_listed(of)}: {_sentence(text)}" for text, of in quirks.items()),
+        _OPTIONS,
+        _table(("name", "options"), [*options, *chosen_options]),
     ]
-    if aliases:
-        parts += [_NAMES, _table(("here", "diffusers", "k-diffusion", "ComfyUI"), names)]
-    same = _groups((e.same, e.name) for e in entries if e.same)
-    if same:
-        lines = (f"- `{first}`: {_listed(rest)}" for first, rest in same.items())
-        parts += [_SAME, "\n".join(lines)]
-    quirks = _groups((e.quirks, e.name) for e in entries if e.quirks)
-    if quirks:
-        lines = (f"- {_listed(of)}: {_sentence(text)}" for text, of in quirks.items())
-        parts += [_QUIRKS, "\n".join(lines)]
-    parts += [_OPTIONS, _table(("name", "options"), options)]
     return "\n\n".join(parts)
 
 
@@ -91,8 +108,8 @@ def _order(entry: fd.solvers.Info) -> str:
 
 
 def _nfe(entry: fd.solvers.Info) -> str:
-    extra = f" + {entry.nfe_extra:g}" if entry.nfe_extra else ""
-    return f"{entry.nfe_per_step:g}{extra}"
+    more = f" {'-' if entry.nfe_extra < 0 else '+'} {abs(entry.nfe_extra):g}"
+    return f"{entry.nfe_per_step:g}" + (more if entry.nfe_extra else "")
 
 
 def _what(entry: fd.solvers.Info) -> str:

@@ -2,6 +2,9 @@
 """Solvers: the base class, the families and the registry of names."""
 
 from .base import Solver
+from .distilled import LCM, TCD, Consistency, NStepStochastic, Progressive
+from .embedded import Embedded, EmbeddedRK
+from .embedded_dpm import EmbeddedDPM
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -15,9 +18,10 @@ from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
 from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
 from .ode.unipc import UniPC
-from .registry import get, info, names, plan
+from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
+from .sde.restart import Recurrence, Restart
 
 __all__ = [
     "DDIM",
@@ -25,19 +29,29 @@ __all__ = [
     "DEIS",
     "IPNDM",
     "IPNDMV",
+    "LCM",
     "LMS",
     "PNDM",
     "TABLEAUS",
+    "TCD",
+    "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
+    "Embedded",
+    "EmbeddedDPM",
+    "EmbeddedRK",
     "Euler",
     "ExponentialHeun",
     "GradientEstimation",
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "NStepStochastic",
+    "Progressive",
     "RESMultistep",
     "RESSinglestep",
+    "Recurrence",
+    "Restart",
     "Reversible",
     "RhoAB",
     "RhoRK",
@@ -45,6 +59,8 @@ __all__ = [
     "Rows",
     "Solver",
     "UniPC",
+    "adaptive_info",
+    "adaptive_names",
     "get",
     "info",
     "names",
