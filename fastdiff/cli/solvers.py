@@ -39,8 +39,8 @@ by `fd.adaptive` for those with steps of their own choice. The times are not par
 _SAME = """\
 ## One table under several names
 
-With the default options, the solvers of a line give the same samples on a schedule whose straight
-variable is epsilon (the variance preserving ones and EDM)."""
+With the default options and on the same grid, the solvers of a line give the same samples on a
+schedule whose straight variable is epsilon (the variance preserving ones and EDM)."""
 
 _OPTIONS = """\
 ## Options
