@@ -172,8 +172,16 @@ MATH = Shim(
 )
 
 
-def _float(value):
-    return number(_scalar(value)) if not isinstance(value, int) else Number(value)
+class _Kind(type):
+    def __call__(cls, value):
+        return Number(value) if isinstance(value, int) else number(_scalar(value))
+
+    def __instancecheck__(cls, value):
+        return type(value) is float or isinstance(value, Number)
+
+
+class Float(metaclass=_Kind):
+    """What stands for `float`: it converts, and `isinstance` knows it."""
 
 
 @contextlib.contextmanager
@@ -182,7 +190,7 @@ def precise():
     with contextlib.ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if name.startswith(("fastdiff.solvers", "fastdiff.schedules")):
-                for word, value in (("np", NUMPY), ("math", MATH), ("float", _float)):
+                for word, value in (("np", NUMPY), ("math", MATH), ("float", Float)):
                     if word == "float" or hasattr(module, word):
                         stack.enter_context(mock.patch.object(module, word, value, create=True))
         yield
