@@ -85,8 +85,9 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep Euler Heun IPNDM "
-    "Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver TABLEAUS get info names plan",
+    "fastdiff.solvers": "AdamsBashforth AdamsMoulton DDIM DDPM DEIS DPMSolverMultistep "
+    "DPMSolverSinglestep Euler Heun IPNDM Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver "
+    "TABLEAUS UniPC VelocityRK get info names plan",
 }
 
 

@@ -85,6 +85,8 @@ def test_registry_names_are_the_field_names():
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
+        "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
+        "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4",
         "rex-1",
     }  # fmt: skip
 
@@ -113,6 +115,7 @@ def test_every_option_of_a_name_changes_something(name):
         "lower_order_final": [True, False], "solver_type": ["taylor"],
         "method": ["diffusers", "singlestep_fixed"],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
+        "mode": ["pece"],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()

@@ -9,8 +9,10 @@ from .ode.dpm_multistep import DPMSolverMultistep, LogRhoDEIS
 from .ode.dpm_singlestep import DPMSolverSinglestep
 from .ode.ipndm import IPNDM
 from .ode.reversible import Reversible
-from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
+from .ode.runge_kutta import Euler, Heun, RhoRK
+from .ode.tableaus import TABLEAUS
 from .ode.unipc import UniPC
+from .ode.velocity import AdamsBashforth, AdamsMoulton, VelocityRK
 from .registry import get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
@@ -21,6 +23,8 @@ __all__ = [
     "DEIS",
     "IPNDM",
     "TABLEAUS",
+    "AdamsBashforth",
+    "AdamsMoulton",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
     "Euler",
@@ -34,6 +38,7 @@ __all__ = [
     "Rows",
     "Solver",
     "UniPC",
+    "VelocityRK",
     "get",
     "info",
     "names",

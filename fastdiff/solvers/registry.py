@@ -12,7 +12,17 @@ from ..plans import Plan
 from ..schedules import Schedule
 from .base import Solver
 from .entry import Info
-from .ode import ddim, deis, dpm_multistep, dpm_singlestep, ipndm, reversible, runge_kutta, unipc
+from .ode import (
+    ddim,
+    deis,
+    dpm_multistep,
+    dpm_singlestep,
+    ipndm,
+    reversible,
+    runge_kutta,
+    unipc,
+    velocity,
+)
 from .sde import ddpm
 
 _FAMILIES = (
@@ -24,6 +34,7 @@ _FAMILIES = (
     dpm_singlestep,
     dpm_multistep,
     unipc,
+    velocity,
     reversible,
 )
 _REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}

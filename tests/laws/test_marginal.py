@@ -14,10 +14,14 @@ def perfect(schedule, prediction):
     Coordinates are (x0, eps, draws ..): the network's noise is the point's own, without its x0.
     """
 
+    noise = np.empty(0)
+
     def network(stage, point):
+        nonlocal noise
         u, w = schedule.components(prediction, stage.t)
-        noise = point / schedule.sigma(stage.t)
-        noise[0] = 0.0
+        if schedule.sigma(stage.t):  # at the data the noise is that of the point before
+            noise = point / schedule.sigma(stage.t)
+            noise[0] = 0.0
         out = w * noise
         out[0] += u
         return out
@@ -25,11 +29,22 @@ def perfect(schedule, prediction):
     return network
 
 
+def is_straight(plan):
+    """Whether what the rows combine stays the same along the flow of one x0 and one noise.
+
+    Where it does not (the velocity of a curved schedule), no finite sum of its values is exact.
+    """
+    within = np.linspace(plan.times[0], plan.times[-1], 50)
+    return max(map(np.ptp, plan.schedule.components(plan.variable, within))) < 1e-12
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_perfect_prediction_stays_on_the_marginal(case, name):
     schedule, prediction = SCHEDULES[name]
     plan = case.inside(schedule, prediction=prediction)
+    if not is_straight(plan):
+        pytest.skip("the velocity changes along the flow of a perfect prediction")
     start = np.array([schedule.alpha(plan.times[0]), schedule.sigma(plan.times[0])])
     states = follow(plan, start, perfect(schedule, prediction))
     # the last stage of a predictor-corrector corrects a state and goes on from it in one update
