@@ -86,7 +86,7 @@ def test_registry_names_are_the_field_names():
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
-        "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4",
+        "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
         "rex-1",
     }  # fmt: skip
 
@@ -155,7 +155,7 @@ CLASSES = sorted({fd.solvers.info(name).make for name in SOLVERS}, key=lambda c:
 @pytest.mark.parametrize("make", CLASSES, ids=lambda make: make.__name__)
 def test_every_combination_of_options_has_a_name_that_exists(make):
     choices = {
-        "order": (1, 2, 3, 4), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
+        "order": (1, 2, 3, 4, 5), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
         "eta": (0.0, 1.0), "published": (False, True), "warmup": ("lower", "runge-kutta"),
         "solver_type": ("dpmsolver", "taylor"), "lower_order_final": (False, True, "auto"),
     }  # fmt: skip

@@ -24,7 +24,7 @@ from .runge_kutta import bounded, jump, runge_kutta_step, tells, write_runge_kut
 from .tableaus import ORDERS, TABLEAUS
 
 CHOSEN = ("midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5")
-_STARTERS = {2: "midpoint", 3: "heun3", 4: "rk4-38"}
+_STARTERS = {2: "midpoint", 3: "heun3", 4: "rk4-38", 5: "dopri5"}
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class AdamsMethod(InVelocity):
     def order(self) -> int:
         """Velocities that a full predictor combines."""
 
-    def check_adams(self) -> None:
-        """Raises where an option has a value it cannot have."""
-        choice(self.name, "order", self.order, (2, 3, 4))
+    def check_adams(self, most: int) -> None:
+        """Raises where an option has a value it cannot have, such as an order above `most`."""
+        choice(self.name, "order", self.order, tuple(range(2, most + 1)))
         choice(self.name, "lower_order_final", self.lower_order_final, (False, True))
         choice(self.name, "warmup", self.warmup, ("lower", "runge-kutta"))
 
@@ -134,7 +134,7 @@ class AdamsBashforth(AdamsMethod):
     order: int = 3
 
     def __post_init__(self) -> None:
-        self.check_adams()
+        self.check_adams(4)
 
     @property
     def name(self) -> str:
@@ -193,7 +193,7 @@ class AdamsMoulton(AdamsMethod):
     The order is `order` + 1 with the runge-kutta warm-up, at most 3 without.
 
     Args:
-        order: Velocities that the predictor combines, 2 to 4.
+        order: Velocities that the predictor combines, 2 to 5.
         mode: "pec" or "pece".
         lower_order_final, warmup: The options of `AdamsBashforth`.
 
@@ -205,7 +205,7 @@ class AdamsMoulton(AdamsMethod):
     mode: str = "pec"
 
     def __post_init__(self) -> None:
-        self.check_adams()
+        self.check_adams(5)
         choice(self.name, "mode", self.mode, ("pec", "pece"))
 
     @property
@@ -281,6 +281,6 @@ SOLVERS = (
             fixed={"order": order},
             least_steps=order,
         )
-        for order in (2, 3, 4)
+        for order in (2, 3, 4, 5)
     ),
 )
