@@ -213,6 +213,7 @@ SOLVERS = (
         summary="Heun in the schedule's straight variable",
         source=_EDM,
         aliases={"sample_heun": {}, "HeunDiscreteScheduler": {}},
+        quirks="FlowMatchHeunDiscreteScheduler ends a flow with a step of Euler's",
     ),
     *(
         Info(

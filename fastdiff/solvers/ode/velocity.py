@@ -243,6 +243,11 @@ class AdamsMoulton(AdamsMethod):
 
 
 _LIPMAN = "Lipman et al., arXiv:2210.02747"
+_QUIRKS = {"rk4-38": "torchdiffeq calls it rk4, a name that elsewhere means the classical method"}
+_THEIR_ADAMS = (
+    "torchdiffeq's explicit_adams combines one velocity less than its max_order says, starts with "
+    "two steps of the 3/8 rule whatever the order, and has weights of equal steps alone"
+)
 
 SOLVERS = (
     *(
@@ -254,6 +259,7 @@ SOLVERS = (
             summary="Runge-Kutta in velocity",
             source=_LIPMAN,
             fixed={"tableau": tableau},
+            quirks=_QUIRKS.get(tableau, ""),
         )
         for tableau in CHOSEN
     ),
@@ -267,6 +273,7 @@ SOLVERS = (
             source=_LIPMAN,
             fixed={"order": order},
             least_steps=order,
+            quirks=_THEIR_ADAMS,
         )
         for order in (2, 3, 4)
     ),
