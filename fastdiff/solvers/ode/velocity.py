@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...schedules import Array, Schedule
 from ..base import Solver, choice, enough_steps
@@ -73,14 +74,14 @@ class VelocityRK(InVelocity):
         write_runge_kutta(rows, self.tableau, times)
 
 
-def integrals(nodes: Sequence[float], s: float, t: float) -> Array:
+def integrals(nodes: ArrayLike, s: float, t: float) -> Array:
     """Weights of velocities at `nodes`: integrals from s to t of the Lagrange polynomials in t.
 
     They are accurate to rounding for steps of any length, because all times are taken from s.
     """
-    x, w = np.polynomial.legendre.leggauss((len(nodes) + 1) // 2)  # exact for these degrees
-    length = t - s
-    return lagrange(np.asarray(nodes) - s, 0.5 * length * (1.0 + x)) @ (0.5 * length * w)
+    offsets, length = np.asarray(nodes, dtype=np.float64) - s, t - s
+    x, w = np.polynomial.legendre.leggauss((len(offsets) + 1) // 2)  # exact for these degrees
+    return lagrange(offsets, 0.5 * length * (1.0 + x)) @ (0.5 * length * w)
 
 
 @dataclass(frozen=True)
