@@ -133,8 +133,29 @@ def test_a_predictor_and_corrector_follow_their_formulas(order, grid):
             )
         used = integrals(back[:order], s, t)
         predicted = corrected + sum(w * v for w, v in zip(used.tolist(), velocities, strict=False))
-    made = ran(f"abm-{order}", 7, grid=grid)
+    made = ran(f"abm-{order}", 7, grid=grid, warmup="lower")
     torch.testing.assert_close(made, predicted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in ADAMS if n not in ("abm-4", "abm-5")])
+def test_the_first_step_is_eulers(name):
+    first = fd.plan(FLOW, name, 7, prediction="velocity").stages[0]
+    assert first == fd.plan(FLOW, "euler", 7, prediction="velocity").stages[0]
+
+
+@pytest.mark.parametrize("name", ["abm-4", "abm-5"])
+def test_a_start_by_one_step_of_runge_kutta_is_worth_an_order(name):
+    network, x, exact = problems.flow_problem()
+    auto = fd.plan(FLOW, name, 38, prediction="velocity")
+    assert auto == fd.plan(FLOW, name, 38, prediction="velocity", warmup="first")
+    assert auto.stages[:3] == fd.plan(FLOW, "heun3", 38, prediction="velocity").stages[:3]
+    assert auto.nfe == 40
+    for warmup, order in (("lower", 3), ("first", 4)):
+        errors = []
+        for steps in (320, 640):
+            plan = fd.plan(FLOW, name, steps, prediction="velocity", warmup=warmup)
+            errors.append(float((fd.sample(network, x, plan) - exact).norm()))
+        assert problems.slope(errors) == pytest.approx(order, abs=0.6)
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "v"])
@@ -142,7 +163,8 @@ def test_a_predictor_and_corrector_follow_their_formulas(order, grid):
 def test_a_run_from_noise_to_data_uses_the_velocity_at_both_ends(name, prediction):
     plan = fd.plan(FLOW, name, 7, prediction=prediction)
     assert (plan.times[0], plan.times[-1]) == (1.0, 0.0)
-    assert plan.nfe == 7 * fd.solvers.info(name).nfe_per_step
+    info = fd.solvers.info(name)
+    assert plan.nfe == 7 * info.nfe_per_step + info.nfe_extra
     with_end = name in ("heun", "rk4", "rk4-38", "dopri5")
     assert (plan.stages[-1].t == 0.0) == with_end
     assert torch.isfinite(ran(name, prediction=prediction)).all()
@@ -200,6 +222,7 @@ def test_an_infinite_velocity_at_the_data_is_stepped_over_by_x0(name):
         (lambda: fd.solvers.AdamsMoulton(order=1), ValueError, "order is one of 2, 3, 4, 5; got 1"),
         (lambda: fd.plan(FLOW, "abm-2", 4, mode="ec"), ValueError, "mode is one of 'pec', 'pece'"),
         (lambda: fd.plan(FLOW, "ab-2", 4, warmup="euler"), ValueError, "warmup is one of"),
+        (lambda: fd.plan(FLOW, "ab-2", 4, warmup="first"), ValueError, "'lower', 'runge-kutta'"),
         (lambda: fd.plan(FLOW, "ab-2", 4, mode="pece"), TypeError, "ab-2: no option 'mode'"),
         (lambda: fd.solvers.VelocityRK("ssprk3"), ValueError, "tableau is one of 'midpoint'"),
         (lambda: fd.solvers.RhoRK("dopri5"), ValueError, "tableau is one of 'euler'"),

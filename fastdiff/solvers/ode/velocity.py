@@ -89,27 +89,34 @@ class AdamsMethod(InVelocity):
     """Multistep in velocity: `order`, the warm-up and the last steps."""
 
     lower_order_final: bool = field(default=False, kw_only=True)
-    warmup: str = field(default="lower", kw_only=True)
 
     @property
     @abc.abstractmethod
     def order(self) -> int:
         """Velocities that a full predictor combines."""
 
-    def check_adams(self, most: int) -> None:
+    @property
+    @abc.abstractmethod
+    def warmup(self) -> str:
+        """How a run begins."""
+
+    def check_adams(self, most: int, warmups: tuple[str, ...]) -> None:
         """Raises where an option has a value it cannot have, such as an order above `most`."""
         choice(self.name, "order", self.order, tuple(range(2, most + 1)))
         choice(self.name, "lower_order_final", self.lower_order_final, (False, True))
-        choice(self.name, "warmup", self.warmup, ("lower", "runge-kutta"))
+        choice(self.name, "warmup", self.warmup, warmups)
 
     def reach(self, i: int, steps: int) -> int:
         """Velocities that the predictor of step i of `steps` combines."""
         k = min(self.order, i + 1)
         return min(k, steps - i) if self.lower_order_final else k
 
-    def starts(self, i: int) -> bool:
-        """Whether step i is one of the warm-up's."""
-        return self.warmup == "runge-kutta" and i + 1 < self.order
+    def starter(self, i: int) -> str | None:
+        """The tableau of step i, where it is one of the warm-up's."""
+        if self.warmup == "runge-kutta":
+            return _STARTERS[self.order] if i + 1 < self.order else None
+        first = self.warmup == "first" or (self.warmup == "auto" and self.order > 3)
+        return "heun3" if first and i == 0 else None
 
 
 @dataclass(frozen=True)
@@ -133,9 +140,10 @@ class AdamsBashforth(AdamsMethod):
     """
 
     order: int = 3
+    warmup: str = field(default="lower", kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check_adams(4)
+        self.check_adams(4, ("lower", "runge-kutta"))
 
     @property
     def name(self) -> str:
@@ -145,8 +153,8 @@ class AdamsBashforth(AdamsMethod):
         enough_steps(self.name, self.order, times)
         evaluations: list[int] = []  # at each time so far
         for i, (s, t) in enumerate(itertools.pairwise(times)):
-            if self.starts(i):
-                evaluations.append(runge_kutta_step(rows, _STARTERS[self.order], s, t))
+            if starter := self.starter(i):
+                evaluations.append(runge_kutta_step(rows, starter, s, t))
                 continue
             evaluations.append(rows.current)
             if not bounded(rows.schedule, t):
@@ -191,12 +199,15 @@ class AdamsMoulton(AdamsMethod):
     larger region of stability, and every state is corrected, except one at sigma = 0 where the
     network does not tell the velocity. At equal evaluations it seldom wins.
 
-    The order is `order` + 1 with the runge-kutta warm-up, at most 3 without.
+    The order is `order` + 1 with the runge-kutta warm-up, at most 4 with "first", 3 with "lower".
 
     Args:
         order: Velocities that the predictor combines, 2 to 5.
         mode: "pec" or "pece".
-        lower_order_final, warmup: The options of `AdamsBashforth`.
+        lower_order_final: True lowers the last steps to order .. 2, 1.
+        warmup: "lower" (steps of order 1, 2, ..; no extra evaluations), "first" (the first step by
+            heun3, two evaluations more, the next of order 2, 3, ..) or "runge-kutta" (the first
+            order - 1 steps by a Runge-Kutta method). "auto" is "lower" up to order 3, then "first".
 
     Source: Moulton (1926); Hairer, Norsett & Wanner, "Solving Ordinary Differential Equations I",
     sections III.1 and III.5; for flows Lipman et al., arXiv:2210.02747.
@@ -204,9 +215,10 @@ class AdamsMoulton(AdamsMethod):
 
     order: int = 3
     mode: str = "pec"
+    warmup: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check_adams(5)
+        self.check_adams(5, ("auto", "lower", "first", "runge-kutta"))
         choice(self.name, "mode", self.mode, ("pec", "pece"))
 
     @property
@@ -218,8 +230,8 @@ class AdamsMoulton(AdamsMethod):
         evaluations: list[int] = []  # at each time so far
         owed: dict[int, float] = {}  # weights of the predicted increment that is to be corrected
         for i, (s, t) in enumerate(itertools.pairwise(times)):
-            if self.starts(i):
-                evaluations.append(runge_kutta_step(rows, _STARTERS[self.order], s, t))
+            if starter := self.starter(i):
+                evaluations.append(runge_kutta_step(rows, starter, s, t))
                 continue
             evaluations.append(rows.current)
             nodes, k = times[i::-1], self.reach(i, len(times) - 1)
@@ -288,6 +300,7 @@ SOLVERS = (
             source=_LIPMAN,
             fixed={"order": order},
             least_steps=order,
+            nfe_extra=2 if order > 3 else 0,
         )
         for order in (2, 3, 4, 5)
     ),
