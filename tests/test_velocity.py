@@ -144,18 +144,18 @@ def test_the_first_step_is_eulers(name):
 
 
 @pytest.mark.parametrize("name", ["abm-4", "abm-5"])
-def test_a_start_by_one_step_of_runge_kutta_is_worth_an_order(name):
+def test_one_step_of_runge_kutta_is_all_the_start_that_it_takes(name):
     network, x, exact = problems.flow_problem()
     auto = fd.plan(FLOW, name, 38, prediction="velocity")
     assert auto == fd.plan(FLOW, name, 38, prediction="velocity", warmup="first")
     assert auto.stages[:3] == fd.plan(FLOW, "heun3", 38, prediction="velocity").stages[:3]
     assert auto.nfe == 40
-    for warmup, order in (("lower", 3), ("first", 4)):
-        errors = []
-        for steps in (320, 640):
-            plan = fd.plan(FLOW, name, steps, prediction="velocity", warmup=warmup)
-            errors.append(float((fd.sample(network, x, plan) - exact).norm()))
-        assert problems.slope(errors) == pytest.approx(order, abs=0.6)
+    errors = {}
+    for warmup in ("lower", "first", "runge-kutta"):
+        plan = fd.plan(FLOW, name, 160, prediction="velocity", warmup=warmup)
+        errors[warmup] = float((fd.sample(network, x, plan) - exact).norm())
+    assert errors["first"] < errors["lower"] / 3
+    assert errors["first"] < 1.2 * errors["runge-kutta"]
 
 
 @pytest.mark.parametrize("prediction", ["velocity", "v"])
