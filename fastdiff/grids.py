@@ -130,6 +130,33 @@ def trailing(schedule: Schedule, steps: int, t_max: float, t_min: float) -> Arra
     return _of_indices(n, np.round(n - np.arange(steps) * (n / steps)) - 1, t_min)
 
 
+def lcm(
+    schedule: Schedule, steps: int, t_max: float, t_min: float, original: float = 50.0
+) -> Array:
+    """Times of even picks from the `original` training steps of a distillation, then t_min.
+
+    The evaluation times of diffusers 0.42.1 LCMScheduler and TCDScheduler (`original` is their
+    `original_inference_steps`). Source: Luo et al., "Latent Consistency Models", arXiv:2310.04378.
+    """
+    n = _training_steps("lcm", schedule, steps)
+    count = _whole("lcm", "original", original, steps, n)
+    picks = np.floor(np.linspace(0, count, steps, endpoint=False))
+    return _of_indices(n, (count - picks) * (n // count) - 1, t_min)
+
+
+def consistency(
+    schedule: Schedule, steps: int, t_max: float, t_min: float, levels: float = 40.0
+) -> Array:
+    """Times of every (levels // steps)-th of `levels` karras times, then t_min.
+
+    The evaluation times of diffusers 0.42.1 CMStochasticIterativeScheduler (`levels` is its
+    `num_train_timesteps`). Source: Song et al., "Consistency Models", arXiv:2303.01469.
+    """
+    count = _whole("consistency", "levels", levels, steps, MAX_STEPS)
+    known = karras(schedule, max(count - 1, 1), t_max, max(t_min, schedule.t_floor))
+    return np.append(known[:: count // steps][:steps], t_min)
+
+
 _GRIDS: dict[str, Grid] = {
     grid.__name__: grid
     for grid in (
@@ -143,15 +170,17 @@ _GRIDS: dict[str, Grid] = {
         linspace,
         leading,
         trailing,
+        lcm,
+        consistency,
     )
 }
-_SPACINGS = ("linspace", "leading", "trailing")
+_SPACINGS = ("linspace", "leading", "trailing", "lcm")
 
 
 def names() -> tuple[str, ...]:
     """The names of the grids.
 
-    "power", "karras", "shift" and "leading" take a parameter in brackets.
+    "power", "karras", "shift", "leading", "lcm" and "consistency" take a parameter in brackets.
     """
     return tuple(_GRIDS)
 
@@ -216,7 +245,7 @@ def check(schedule: Schedule, times: Array) -> Array:
     """The times themselves if they are a sampling grid of this schedule.
 
     A sampling grid runs from noise to data. Times that go up belong to plans that add noise on the
-    way or encode data: such a plan is made of rows, not by this function.
+    way (the solvers "restart" and "recurrence") or encode data.
 
     Raises:
         ValueError: A time is not finite, not below the one before, or outside the schedule's
@@ -229,11 +258,14 @@ def check(schedule: Schedule, times: Array) -> Array:
     if not np.all(falls):
         i = int(np.argmin(falls))
         how = "repeats" if times[i] == times[i + 1] else "grows"
+        advice = "Are there too many steps for it?"
+        if np.all(np.diff(times) > 0):
+            advice = "Is it reversed? A plan that encodes data is made of rows (fastdiff.Plan)."
+        elif how == "grows":
+            advice = "A row that draws noise goes up again: take 'restart' or 'recurrence'."
         raise ValueError(
             "grid: times strictly decrease from noise to data; from step "
-            f"{i} to {i + 1} the time {how} ({times[i]:.6g} -> {times[i + 1]:.6g}). "
-            "Sampling grids run from large t to small: is this one reversed, or are there too many "
-            "steps for it?"
+            f"{i} to {i + 1} the time {how} ({times[i]:.6g} -> {times[i + 1]:.6g}). {advice}"
         )
     lo, hi = schedule.domain
     if times[0] > hi or times[-1] < lo:
@@ -307,6 +339,14 @@ def _end(name: str, value: float | None, default: float, schedule: Schedule) -> 
 def _parameter(grid: str, name: str, value: float) -> None:
     if not 1e-2 <= value <= 1e3:
         raise ValueError(f"grid: {grid}'s {name} lies in [0.01, 1000]; got {value!r}.")
+
+
+def _whole(grid: str, name: str, value: float, least: int, most: int) -> int:
+    if not (least <= value <= most and value == int(value)):
+        raise ValueError(
+            f"grid: {grid}'s {name} lies between steps = {least} and {most}, whole; got {value:g}."
+        )
+    return int(value)
 
 
 def _in_lambda(

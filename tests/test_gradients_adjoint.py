@@ -233,6 +233,8 @@ def test_rows_made_for_a_schedule_do_not_contradict_it(name):
     schedule, prediction, other = SCHEDULES[name]
     made = 0
     for solver in fd.solvers.names():
+        if fd.solvers.info(solver).measured_order is None:
+            continue  # a distilled network's conversion need not be the schedule's
         try:
             plan = fd.plan(schedule, solver, 5, prediction=prediction)
         except ValueError:  # the solver does not take it

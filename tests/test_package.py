@@ -85,9 +85,11 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "AdamsBashforth AdamsMoulton DDIM DDPM DEIS DPMSolverMultistep "
-    "DPMSolverSinglestep Euler Heun IPNDM Info LogRhoDEIS Reversible RhoAB RhoRK Row Rows Solver "
-    "TABLEAUS UniPC VelocityRK get info names plan",
+    "fastdiff.solvers": "AdamsBashforth AdamsMoulton Consistency DDIM DDPM DEIS "
+    "DPMSolverMultistep DPMSolverSinglestep Euler ExponentialHeun GradientEstimation Heun IPNDM "
+    "IPNDMV Info LCM LMS LogRhoDEIS NStepStochastic PNDM Progressive RESMultistep RESSinglestep "
+    "Recurrence Restart Reversible RhoAB RhoRK Row Rows Solver TABLEAUS TCD UniPC VelocityRK get "
+    "info names plan",
 }
 
 

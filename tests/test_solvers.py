@@ -11,6 +11,7 @@ from support.solvers import VP, redefined
 import fastdiff as fd
 
 SOLVERS = fd.solvers.names()
+RESTARTED = ("restart", "s_noise")  # there is no noise without restarts
 
 
 def test_a_plan_says_how_strong_its_starting_noise_is():
@@ -49,6 +50,9 @@ def test_default_last_steps_never_blow_up():
         "deis-3",
         "deis-4",
         "ipndm-4",
+        "lms-4",
+        "plms",
+        "res-3m",
     ):
         for steps in (5, 8, 12, 20):
             plan = fd.plan(VP, solver, steps, grid="uniform")
@@ -81,13 +85,16 @@ def test_registry_names_are_the_field_names():
         "deis-logrho-1", "deis-logrho-2", "deis-logrho-3",
         "deis-euler", "deis-heun", "deis-kutta3", "deis-heun3", "deis-ralston3", "deis-vdh3",
         "deis-ssprk3", "deis-rk4",
-        "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4",
+        "ipndm-1", "ipndm-2", "ipndm-3", "ipndm-4", "ipndm-v-2", "ipndm-v-3", "ipndm-v-4",
+        "lms-1", "lms-2", "lms-3", "lms-4", "pndm", "plms",
         "dpm-1", "dpm-2", "dpm-3", "dpm-2m", "dpm-3m",
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
+        "res-2m", "res-3m", "res-2s", "res-3s", "exp-heun-2", "gradient-estimation",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
         "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
         "rex-1",
+        "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",
     }  # fmt: skip
 
 
@@ -113,9 +120,12 @@ def test_every_option_of_a_name_changes_something(name):
         "eta": [0.5], "form": ["x0", "epsilon"], "clip": [0.1], "threshold": [0.5],
         "variance": ["fixed_large"], "published": [True], "zeta": [0.9], "warmup": ["runge-kutta"],
         "lower_order_final": [True, False], "solver_type": ["taylor"],
-        "method": ["diffusers", "singlestep_fixed"],
+        "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [0.7],
+        "c2": [0.4], "c3": [0.9], "timestep_scaling": [1.0], "sigma_data": [2.0], "eps": [0.3],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
         "mode": ["pece"],
+        "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
+        "restarts": [[(0.1, 0.5, 1, 2)]],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
@@ -129,6 +139,7 @@ def test_every_option_of_a_name_changes_something(name):
         unipc = {"variant": "vary_coeff", "lower_order_final": True}
         with_it |= unipc if ("variant" in info.options and option == "published") else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
+        with_it |= {"restarts": [(0.1, 0.5, 1, 2)]} if (name, option) == RESTARTED else {}
         changed = [
             fd.plan(schedule, name, steps, grid=grid, **with_it)
             != fd.plan(schedule, name, steps, grid=grid, **with_it | {option: value})
@@ -158,6 +169,7 @@ def test_every_combination_of_options_has_a_name_that_exists(make):
         "order": (1, 2, 3, 4, 5), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
         "eta": (0.0, 1.0), "published": (False, True), "warmup": ("lower", "runge-kutta"),
         "solver_type": ("dpmsolver", "taylor"), "lower_order_final": (False, True, "auto"),
+        "skip_prk_steps": (False, True), "gamma": (1.0, 2.0), "c2": (0.5, 1.0), "c3": (0.5, 1.0),
     }  # fmt: skip
     made = list(combinations(make, choices))
     assert made
@@ -166,7 +178,7 @@ def test_every_combination_of_options_has_a_name_that_exists(make):
 
 @pytest.mark.parametrize("make", CLASSES, ids=lambda make: make.__name__)
 def test_what_a_class_defines_is_not_defined_again_below_it(make):
-    assert redefined(make) - {"intervals"} == set()
+    assert redefined(make) - {"intervals", "default_grid", "write_jump"} == set()
 
 
 @pytest.mark.parametrize(
@@ -182,6 +194,18 @@ def test_what_a_class_defines_is_not_defined_again_below_it(make):
         ("sample_euler", "euler", {}),
         ("EulerDiscreteScheduler", "euler", {}),
         ("FlowMatchEulerDiscreteScheduler", "euler", {}),
+        ("dpm_fast", "dpm-3", {"published": True}),
+        ("sample_dpm_fast", "dpm-3", {"published": True}),
+        ("sample_lms", "lms-4", {}),
+        ("LMSDiscreteScheduler", "lms-4", {}),
+        ("lms", "lms-4", {"lower_order_final": "zero"}),
+        ("ipndm", "ipndm-4", {"lower_order_final": "zero"}),
+        ("IPNDMScheduler", "ipndm-4", {}),
+        ("ipndm_v", "ipndm-v-4", {"lower_order_final": "zero"}),
+        ("PNDMScheduler", "pndm", {}),
+        ("res_multistep", "res-2m", {"lower_order_final": False}),
+        ("exp_heun_2_x0", "exp-heun-2", {}),
+        ("gradient_estimation", "gradient-estimation", {"lower_order_final": "zero"}),
         ("UniPCMultistepScheduler", "unipc-2", {"lower_order_final": True}),
         ("uni_pc", "unipc-3", {"variant": "bh1", "lower_order_final": True}),
         ("uni_pc_bh2", "unipc-3", {"lower_order_final": True}),
@@ -192,13 +216,15 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
     assert fd.solvers.info(alias) is fd.solvers.info(name)
     assert alias not in SOLVERS
     for option, value in options.items():
-        other = not value if isinstance(value, bool) else "vary_coeff"
+        other = {"variant": "vary_coeff", "lower_order_final": value is False}.get(
+            option, not value
+        )
         assert fd.solvers.get(alias, **{option: other}) != fd.solvers.get(alias)
 
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 13
+    assert len(known) == len(set(known)) == len(SOLVERS) + 30
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

@@ -84,5 +84,5 @@ class Flow:
 
 
 def vp_plan(flow: Flow, solver: str, steps: int, grid: Any = "logsnr", **options: Any) -> fd.Plan:
-    ends = ENDS if isinstance(grid, str) else {}
+    ends: dict[str, Any] = ENDS if isinstance(grid, str) else {}
     return fd.plan(VP, solver, steps, grid=grid, prediction=flow.prediction, **ends, **options)

@@ -17,6 +17,7 @@ def solvers() -> None:
     for name in fd.solvers.names():
         info = fd.solvers.info(name)
         order = "-" if info.measured_order is None else f"{info.measured_order:g}"
-        nfe = f"{info.nfe_per_step:g}" + (f" + {info.nfe_extra:g}" if info.nfe_extra else "")
+        more = f" {'-' if info.nfe_extra < 0 else '+'} {abs(info.nfe_extra):g}"
+        nfe = f"{info.nfe_per_step:g}" + (more if info.nfe_extra else "")
         rows.append([name, order, nfe, info.summary, info.source])
     click.echo(columns(rows))

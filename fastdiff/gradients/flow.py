@@ -87,6 +87,14 @@ def _check_rows(plan: Plan) -> None:
 
 def _check_ends(gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> None:
     ends = (plan.times[0], plan.times[-1])
+    last = plan.stages[-1]
+    if last.evaluate and not plan.at_e[-1] and float(schedule.sigma(ends[1])) > 0.0:
+        p, q = schedule.conversion(plan.variable, "x0", last.t)
+        if (last.a_x, last.b, last.c) == (p, (q,), 0.0):
+            raise NotImplementedError(
+                f"{WHO}: the last row of the plan jumps to x0, which is no state of the flow at "
+                f't = {ends[1]:g}. Use gradient="discrete", or a schedule that reaches sigma = 0.'
+            )
     finite = bool(np.isfinite(schedule.lambda_t(np.array(ends))).all())
     if plan.stochastic:
         _check_stochastic(gradient, schedule, plan)
@@ -276,7 +284,9 @@ def _nodes(gradient: AdjointDEIS, schedule: Schedule, plan: Plan) -> Plan:
                 f"{WHO}: lambda is infinite at an end of the plan, where only its own times "
                 f"are known to serve; got steps={steps}, and the plan has {plan.steps}. Give grid=."
             )
-    ends = {"t_max": plan.times[0], "t_min": plan.times[-1]} if isinstance(grid, str) else {}
+    ends: dict[str, Any] = {}
+    if isinstance(grid, str):
+        ends = {"t_max": plan.times[0], "t_min": plan.times[-1]}
     solver = DPMSolverMultistep(order=min(gradient.order, steps), form=form, solver_type="taylor")
     return solver.plan(schedule, steps, grid=grid, prediction=plan.prediction, **ends)
 

@@ -15,7 +15,7 @@ from .._text import shown
 from ..plans import LEAST_FLOOR, Plan
 from ..schedules import Array, Schedule, prediction_name
 from ..schedules.base import real
-from .rows import Rows
+from .rows import Row, Rows
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Solver(abc.ABC):
     """A sampler's options. Subclasses are frozen dataclasses with a `name`, `variable` and `write`.
 
     `fastdiff.plan` calls `plan`, which builds the grid, asks for the rows and packs them. Of the
-    methods defined here only `intervals` may be overridden, by a solver that counts steps in its
-    own way.
+    methods defined here three may be overridden: `intervals` by a solver that counts steps in its
+    own way, `default_grid` by one whose network knows certain times alone, and `write_jump` by one
+    whose steps are jumps already.
     """
 
     @property
@@ -44,6 +45,25 @@ class Solver(abc.ABC):
         """Intervals of the grid that `write` is given; by default one for each step."""
         return steps
 
+    def default_grid(self, schedule: Schedule) -> tuple[str, float | None]:
+        """The grid that "auto" stands for, and its last time; None: the grid's own."""
+        return schedule.default_grid, None
+
+    def write_jump(self, rows: Rows, times: Array) -> None:
+        """Adds a run through all `times` but the last, and an evaluation whose x0 is the result."""
+        start = float(times[-2])
+        if len(times) > 2:
+            try:
+                self.write(rows, times[:-1])
+            except TooFewSteps as error:
+                raise TooFewSteps(
+                    f"{error} (With jump=True one of the steps is the jump itself.)"
+                ) from None
+        if rows.times is not None:
+            rows.times = np.append(rows.times, times[-1])
+        p, q = rows.schedule.conversion(rows.variable, "x0", start)
+        rows.add(start, x=Row(x=p, outputs={rows.current: q}))
+
     def plan(
         self,
         schedule: Schedule,
@@ -53,18 +73,29 @@ class Solver(abc.ABC):
         t_max: float | None = None,
         t_min: float | None = None,
         prediction: str = "epsilon",
+        jump: bool = False,
     ) -> Plan:
         """Compiles the plan; see `fastdiff.plan`."""
         if not isinstance(schedule, Schedule):
             raise TypeError(f"plan: schedule is a fastdiff.schedules.Schedule; got {schedule!r}.")
-        count = self.intervals(schedule, steps, grid)
+        choice("plan", "jump", jump, (False, True))
+        if isinstance(grid, str) and grid == "auto":
+            grid, end = self.default_grid(schedule)
+            t_min = end if t_min is None else t_min
+        count = self._count(schedule, steps, grid, jump)
         times = grids.build(schedule, count, grid, t_max=t_max, t_min=t_min)
         prediction = prediction_name(prediction)
         variable = self.variable(schedule, times)
         self._check_start(schedule, times, variable)
-        rows = Rows(schedule, prediction, variable, int(steps))
-        self.write(rows, times)
+        rows = Rows(schedule, prediction, variable, int(steps) - jump)
+        if jump:
+            self.write_jump(rows, times)
+        else:
+            self.write(rows, times)
         accepted = times if rows.times is None else rows.times
+        end = data_time(schedule)
+        if jump and end is not None:
+            accepted = np.append(accepted[:-1], end)
         return Plan(
             stages=tuple(rows.stages),
             times=tuple(accepted.tolist()),
@@ -74,6 +105,14 @@ class Solver(abc.ABC):
             schedule=schedule,
             prior_scale=schedule.prior_scale(float(times[0])),
         )
+
+    def _count(self, schedule: Schedule, steps: int, grid: str | ArrayLike, jump: bool) -> int:
+        """Intervals of the grid; a jump takes the place of the last one."""
+        whole = isinstance(steps, int | np.integer) and steps > 1
+        if not (jump and whole):
+            return steps if jump else self.intervals(schedule, steps, grid)
+        known = grid if isinstance(grid, str) else grids.as_times(grid)[:-1]
+        return self.intervals(schedule, steps - 1, known) + 1
 
     def _check_start(self, schedule: Schedule, times: Array, variable: str) -> None:
         if variable == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
@@ -121,6 +160,10 @@ class X0Limits(Solver):
         """Whether x0 predictions are clipped or thresholded."""
         return self.clipping is not None or self.thresholding is not None
 
+    def write_jump(self, rows: Rows, times: Array) -> None:
+        self.limit(rows)  # the jump may be the only row
+        super().write_jump(rows, times)
+
     def limit(self, rows: Rows) -> None:
         """Makes every evaluation of `rows` limit its x0."""
         rows.clip, rows.threshold = self.clipping, self.thresholding
@@ -138,6 +181,12 @@ class X0Limits(Solver):
                 f"{self.name}: {option} applies to x0 and this solver combines epsilon. Use "
                 "form='x0', or dpmpp-..."
             )
+
+
+def data_time(schedule: Schedule) -> float | None:
+    """The time at which sigma = 0; None where the schedule has none."""
+    lo = float(schedule.domain[0])
+    return lo if float(schedule.sigma(lo)) == 0.0 else None
 
 
 def clip_range(who: str, clip: Any) -> tuple[float, float] | None:
@@ -194,11 +243,15 @@ def within(who: str, name: str, value: Any, lo: float, hi: float) -> None:
         raise ValueError(f"{who}: {name} lies in [{lo:g}, {hi:g}]; got {value!r}.")
 
 
+class TooFewSteps(ValueError):
+    """A run has fewer steps than its solver combines outputs; nothing of it is written."""
+
+
 def enough_steps(who: str, order: int, times: Array) -> None:
     """Raises unless a run through `times` has the steps that combining `order` outputs needs."""
     steps = len(times) - 1
     if order > steps:
-        raise ValueError(
+        raise TooFewSteps(
             f"{who}: it combines {order} outputs and needs at least as many "
             f"steps; got steps = {steps}. Take more steps or a lower order."
         )

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from .._text import unknown
 from ..plans import Plan
 from ..schedules import Schedule
+from . import distilled
 from .base import Solver
 from .entry import Info
 from .ode import (
@@ -17,13 +18,17 @@ from .ode import (
     deis,
     dpm_multistep,
     dpm_singlestep,
+    gradient_estimation,
     ipndm,
+    lms,
+    pndm,
+    res,
     reversible,
     runge_kutta,
     unipc,
     velocity,
 )
-from .sde import ddpm
+from .sde import ddpm, restart
 
 _FAMILIES = (
     ddim,
@@ -31,11 +36,17 @@ _FAMILIES = (
     runge_kutta,
     deis,
     ipndm,
+    lms,
+    pndm,
     dpm_singlestep,
     dpm_multistep,
+    res,
+    gradient_estimation,
     unipc,
     velocity,
     reversible,
+    distilled,
+    restart,
 )
 _REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}
 _ALIASES = {alias: entry for entry in _REGISTRY.values() for alias in entry.aliases}
@@ -78,7 +89,10 @@ def get(name: str, **options: Any) -> Solver:
         if option not in allowed:
             has = ", ".join(f"{k}={v!r}" for k, v in allowed.items()) or "none"
             raise TypeError(f"{name}: no option {option!r}. It has: {has}.")
-    return entry.make(**{**entry.fixed, **entry.aliases.get(name, {}), **options})
+    made = {**entry.fixed, **entry.aliases.get(name, {}), **options}
+    if isinstance(made.get("inner"), str):  # a solver around another one
+        made["inner"] = get(made["inner"])
+    return entry.make(**made)
 
 
 def plan(
@@ -90,6 +104,7 @@ def plan(
     t_max: float | None = None,
     t_min: float | None = None,
     prediction: str = "epsilon",
+    jump: bool = False,
     **options: Any,
 ) -> Plan:
     """Compiles a schedule, a solver and a grid to a plan: all that sampling needs but the network.
@@ -105,6 +120,11 @@ def plan(
         t_max, t_min: Ends of the grid in the schedule's units; None: the schedule's own.
         prediction: What the network returns: "epsilon", "x0", "v" (= alpha eps - sigma x0),
             "velocity" (= dx/dt of the flow), "score", or "edm" (raw F of EDM's preconditioning).
+        jump: True ends with a jump to x0. The last interval of the grid is replaced by one
+            evaluation at its start, whose x0 prediction is the result, whatever the grid's last
+            time; the plan's last time is that of sigma = 0 where the schedule has one. A solver of
+            one evaluation a step costs as many as before. A solver of several spends one on the
+            jump, and one that combines k outputs needs k steps before it.
         **options: The solver's own (`fastdiff.solvers.info(name).options`).
 
     Returns:
@@ -125,4 +145,5 @@ def plan(
             f"plan: options belong to the solver given, {solver}; got {', '.join(options)} as "
             "well. Set them on it."
         )
-    return solver.plan(schedule, steps, grid=grid, t_max=t_max, t_min=t_min, prediction=prediction)
+    ends = {"t_max": t_max, "t_min": t_min}
+    return solver.plan(schedule, steps, grid=grid, prediction=prediction, jump=jump, **ends)

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow
+from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, with_x0
 
 import fastdiff as fd
 
@@ -42,7 +42,7 @@ def is_straight(plan):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_perfect_prediction_stays_on_the_marginal(case, name):
     schedule, prediction = SCHEDULES[name]
-    plan = case.inside(schedule, prediction=prediction)
+    plan = with_x0(case).inside(schedule, prediction=prediction)
     if not is_straight(plan):
         pytest.skip("the velocity changes along the flow of a perfect prediction")
     start = np.array([schedule.alpha(plan.times[0]), schedule.sigma(plan.times[0])])
@@ -70,7 +70,8 @@ def test_every_stage_draws_from_its_own_stream(case):
 def test_no_noise_is_added_by_a_step_to_the_data(case):
     plan = case.plan(fd.schedules.VPDiscrete.linear(), 5, grid="trailing")
     assert plan.stages[-1].c == 0.0
-    assert plan.stages[-2].c > 0.0
+    # before the last step, or before the one that is made again
+    assert max(stage.c for stage in plan.stages[-3:-1]) > 0.0
 
 
 def test_upper_variance_adds_no_noise_in_a_step_to_the_data():

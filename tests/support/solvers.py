@@ -4,6 +4,7 @@
 import dataclasses
 import inspect
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,16 @@ def _cases():
 
 
 CASES = tuple(_cases())
+# What a distilled network returns is more than an x0: options that make it one.
+PLAIN_X0 = {"timestep_scaling": math.inf, "eps": 0.0}
+
+
+def with_x0(case):
+    """The case for a network that returns an x0, without the scalings of a distilled one."""
+    plain = {name: value for name, value in PLAIN_X0.items() if name in case.info.options}
+    return Case(case.name, (*case.options, *plain.items()))
+
+
 DETERMINISTIC = tuple(case for case in CASES if not case.stochastic)
 STOCHASTIC = tuple(case for case in CASES if case.stochastic)
 

@@ -45,8 +45,9 @@ class DEIS(Integrated):
 
     Args:
         order: Outputs combined by a full step, 1 to 4.
-        lower_order_final: True lowers the last steps to order .. 2, 1. The default is False: as
-            published, these methods do not lower, and they do not need to.
+        lower_order_final: True lowers the last steps to order .. 2, 1; "zero" lowers a step to
+            sigma = 0 alone, to x' = x0. The default is False: as published, these methods do not
+            lower, and they do not need to.
         warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations, but the asymptotic
             order is at most 2) or "runge-kutta" (the first order - 1 steps by rhoRK of the same
             order; full order).

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -214,6 +215,12 @@ class DPMSolverSinglestep(X0Limits):
 # A step of order 1 has no inner node that these could move.
 _DEAD_AT_ORDER_1 = {"solver_type": "dpmsolver", "published": False, "method": "singlestep"}
 
+_ALIASES: dict[int, dict[str, dict[str, Any]]] = {
+    2: {"dpm_2": {}, "sample_dpm_2": {}},
+    # on the grid "logsnr"
+    3: {"dpm_fast": {"published": True}, "sample_dpm_fast": {"published": True}},
+}
+
 SOLVERS = (
     *(
         Info(
@@ -225,7 +232,7 @@ SOLVERS = (
             source=DPM,
             fixed={"order": order, "form": "epsilon", "clip": None, "threshold": None}
             | (_DEAD_AT_ORDER_1 if order == 1 else {}),
-            aliases={"dpm_2": {}, "sample_dpm_2": {}} if order == 2 else {},  # k-diffusion's
+            aliases=_ALIASES.get(order, {}),
         )
         for order in (1, 2, 3)
     ),

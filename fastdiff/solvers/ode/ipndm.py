@@ -59,6 +59,11 @@ SOLVERS = tuple(
         source="Zhang & Chen, arXiv:2204.13902",
         fixed=fixed_options(order, lower_order_final=False, warmup="lower"),
         least_steps=order,
+        # diffusers' has a schedule of its own; ComfyUI takes x' = x0 for a step to sigma = 0
+        aliases={"IPNDMScheduler": {}, "ipndm": {"lower_order_final": "zero"}}
+        if order == 4
+        else {},
+        same="ddim" if order == 1 else "",
     )
     for order in (1, 2, 3, 4)
 )

@@ -25,11 +25,12 @@ class EpsilonMultistep(Solver):
     A subclass gives `order` as a field and the rule.
 
     Args:
-        lower_order_final: True lowers the last steps to order .. 2, 1.
+        lower_order_final: True lowers the last steps to order .. 2, 1. "zero" lowers a step to
+            sigma = 0 alone, to x' = x0.
         warmup: "lower" or "runge-kutta"; see `DEIS`.
     """
 
-    lower_order_final: bool = field(default=False, kw_only=True)
+    lower_order_final: bool | str = field(default=False, kw_only=True)
     warmup: str = field(default="lower", kw_only=True)
 
     @property
@@ -44,7 +45,7 @@ class EpsilonMultistep(Solver):
     def check_multistep(self) -> None:
         """Raises where an option has a value it cannot have."""
         choice(self.name, "order", self.order, (1, 2, 3, 4))
-        choice(self.name, "lower_order_final", self.lower_order_final, (False, True))
+        choice(self.name, "lower_order_final", self.lower_order_final, (False, True, "zero"))
         choice(self.name, "warmup", self.warmup, ("lower", "runge-kutta"))
 
     def variable(self, schedule: Schedule, times: Array) -> str:
@@ -59,8 +60,10 @@ class EpsilonMultistep(Solver):
                 evaluations.append(runge_kutta_step(rows, _STARTERS[self.order], s, t))
                 continue
             k = min(self.order, i + 1)
-            if self.lower_order_final:
+            if self.lower_order_final is True:
                 k = min(k, steps - i)
+            elif self.lower_order_final == "zero" and float(rows.schedule.sigma(t)) == 0.0:
+                k = 1
             evaluations.append(rows.current)
             newest = slice(-1, -k - 1, -1)
             b = self.weights(rows.schedule, times[: i + 1][newest], t)
