@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from support.problems import two_blobs
-from support.solvers import CASES, SCHEDULES, VP, follow, with_x0
+from support.solvers import CASES, SCHEDULES, VP, follow, is_straight, with_x0
 
 import fastdiff as fd
 
@@ -45,6 +45,8 @@ def test_the_result_is_the_x0_where_the_last_interval_starts(case, name):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_perfect_prediction_ends_at_the_data(case):
     plan = with_x0(case).plan(VP, 6, prediction="v", jump=True)
+    if not is_straight(plan):
+        pytest.skip("the velocity changes along the flow of a perfect prediction")
 
     def network(stage, point):
         u, w = VP.components("v", stage.t)

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, with_x0
+from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, is_straight, with_x0
 
 import fastdiff as fd
 
@@ -27,15 +27,6 @@ def perfect(schedule, prediction):
         return out
 
     return network
-
-
-def is_straight(plan):
-    """Whether what the rows combine stays the same along the flow of one x0 and one noise.
-
-    Where it does not (the velocity of a curved schedule), no finite sum of its values is exact.
-    """
-    within = np.linspace(plan.times[0], plan.times[-1], 50)
-    return max(map(np.ptp, plan.schedule.components(plan.variable, within))) < 1e-12
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
