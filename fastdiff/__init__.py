@@ -18,6 +18,7 @@ from . import backends, grids, models, noise, schedules, solvers
 from .batcher import Batcher
 from .capture import Graph
 from .conditioning import PerStage
+from .engine.adapted import Adapted, adaptive
 from .gradients import AdjointDEIS, Discrete
 from .guidance import CFG
 from .plans import Measure, Plan, Product, Reduction, Stage
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CFG",
+    "Adapted",
     "AdjointDEIS",
     "Batcher",
     "Discrete",
@@ -39,6 +41,7 @@ __all__ = [
     "Reduction",
     "Sampler",
     "Stage",
+    "adaptive",
     "backends",
     "grids",
     "models",

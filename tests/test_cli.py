@@ -134,8 +134,11 @@ def test_plan_prints_and_saves_what_the_library_makes(schedule):
 
 
 def test_solvers_lists_all_of_them_with_their_sources():
-    lines = run("solvers").output.splitlines()[1:]
+    fixed, adaptive = run("solvers").output.split("\n\n")
+    lines = fixed.splitlines()[1:]
     assert [line.split()[0] for line in lines] == list(fd.solvers.names())
+    chosen = [line.split()[0] for line in adaptive.splitlines()[2:]]
+    assert chosen == list(fd.solvers.adaptive_names())
     assert all("arXiv" in line for line in lines)
 
 

@@ -3,6 +3,8 @@
 
 from .base import Solver
 from .distilled import LCM, TCD, Consistency, NStepStochastic, Progressive
+from .embedded import Embedded, EmbeddedRK
+from .embedded_dpm import EmbeddedDPM
 from .entry import Info
 from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
@@ -18,7 +20,7 @@ from .ode.runge_kutta import Euler, Heun, RhoRK
 from .ode.tableaus import TABLEAUS
 from .ode.unipc import UniPC
 from .ode.velocity import AdamsBashforth, AdamsMoulton, VelocityRK
-from .registry import get, info, names, plan
+from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
 from .sde.restart import Recurrence, Restart
@@ -39,6 +41,9 @@ __all__ = [
     "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
+    "Embedded",
+    "EmbeddedDPM",
+    "EmbeddedRK",
     "Euler",
     "ExponentialHeun",
     "GradientEstimation",
@@ -59,6 +64,8 @@ __all__ = [
     "Solver",
     "UniPC",
     "VelocityRK",
+    "adaptive_info",
+    "adaptive_names",
     "get",
     "info",
     "names",

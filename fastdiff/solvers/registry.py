@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -10,8 +11,9 @@ from numpy.typing import ArrayLike
 from .._text import unknown
 from ..plans import Plan
 from ..schedules import Schedule
-from . import distilled
+from . import distilled, embedded, embedded_dpm
 from .base import Solver
+from .embedded import Embedded
 from .entry import Info
 from .ode import (
     ddim,
@@ -50,6 +52,8 @@ _FAMILIES = (
 )
 _REGISTRY = {entry.name: entry for family in _FAMILIES for entry in family.SOLVERS}
 _ALIASES = {alias: entry for entry in _REGISTRY.values() for alias in entry.aliases}
+_ADAPTIVE = {e.name: e for family in (embedded_dpm, embedded) for e in family.ADAPTIVE}
+_ADAPTIVE_ALIASES = {alias: entry for entry in _ADAPTIVE.values() for alias in entry.aliases}
 
 
 def names() -> tuple[str, ...]:
@@ -67,9 +71,59 @@ def info(name: str) -> Info:
         ValueError: No solver has this name; the nearest are suggested.
     """
     entry = (_REGISTRY | _ALIASES).get(name) if isinstance(name, str) else None
+    if entry is None and isinstance(name, str) and name in _ADAPTIVE | _ADAPTIVE_ALIASES:
+        raise ValueError(
+            f"plan: {name} chooses its own steps while it runs, and has no plan before; got it as "
+            f"the solver of one. Use fastdiff.adaptive(network, x, schedule, {name!r}), whose "
+            "accepted times are a plan afterwards."
+        )
     if entry is None:
         raise unknown("solver", "solver", name, _REGISTRY)
     return entry
+
+
+def adaptive_names() -> tuple[str, ...]:
+    """Names of the embedded pairs that `fastdiff.adaptive` takes, without the aliases.
+
+    A name may be that of a solver of `names` as well: there it takes steps that are given to it.
+    """
+    return tuple(_ADAPTIVE)
+
+
+def adaptive_info(name: str) -> Info:
+    """What is known about an embedded pair, as `info` says it of a solver.
+
+    Raises:
+        ValueError: No pair has this name; the nearest are suggested.
+    """
+    entry = (_ADAPTIVE | _ADAPTIVE_ALIASES).get(name) if isinstance(name, str) else None
+    if entry is None:
+        raise unknown("adaptive", "adaptive solver", name, _ADAPTIVE)
+    return entry
+
+
+def adaptive_get(solver: Any, options: Mapping[str, Any]) -> Embedded:
+    """The embedded pair of a name with these options, or the pair itself.
+
+    Raises:
+        ValueError: The name is unknown, or an option has a bad value.
+        TypeError: There is no such option; or solver is neither.
+    """
+    if isinstance(solver, Embedded):
+        if options:
+            raise TypeError(
+                f"adaptive: options belong to the solver given, {solver}; got "
+                f"{', '.join(options)} as well. Set them on it."
+            )
+        return solver
+    if not isinstance(solver, str):
+        raise TypeError(
+            "adaptive: solver is a name in fastdiff.solvers.adaptive_names() or an embedded pair; "
+            f"got {solver!r}."
+        )
+    made = _make(adaptive_info(solver), solver, options)
+    assert isinstance(made, Embedded)
+    return made
 
 
 def get(name: str, **options: Any) -> Solver:
@@ -83,7 +137,11 @@ def get(name: str, **options: Any) -> Solver:
         ValueError: The name is unknown, or an option has a bad value.
         TypeError: The solver has no such option; the message lists those that it has.
     """
-    entry = info(name)
+    return _make(info(name), name, options)
+
+
+def _make(entry: Info, name: str, options: Mapping[str, Any]) -> Solver:
+    """The solver of an entry, by the name that it was called."""
     allowed = entry.options
     for option in options:
         if option not in allowed:
