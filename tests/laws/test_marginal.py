@@ -3,30 +3,9 @@
 
 import numpy as np
 import pytest
-from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, is_straight, with_x0
+from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, is_straight, perfect, with_x0
 
 import fastdiff as fd
-
-
-def perfect(schedule, prediction):
-    """A network that knows x0, and the noise of the point it is given.
-
-    Coordinates are (x0, eps, draws ..): the network's noise is the point's own, without its x0.
-    """
-
-    noise = np.empty(0)
-
-    def network(stage, point):
-        nonlocal noise
-        u, w = schedule.components(prediction, stage.t)
-        if schedule.sigma(stage.t):  # at the data the noise is that of the point before
-            noise = point / schedule.sigma(stage.t)
-            noise[0] = 0.0
-        out = w * noise
-        out[0] += u
-        return out
-
-    return network
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
