@@ -48,7 +48,7 @@ def gate() -> None:
     """
     flow = FLOWS["flow"]()
     for theirs, ours in SAME.items():
-        state, calls = torchdiffeq.final_state(flow, theirs, 6)
+        state, calls = torchdiffeq.velocity_state(flow, theirs, 6)
         plan = flow.plan(ours, 6, grid=GRID)
         assert calls == plan.nfe
         agree(f"torchdiffeq {theirs}", state, flow.run(plan), 1e-12)
@@ -86,7 +86,7 @@ def theirs(flow: Flow, nfe: Sequence[int], distance: Callable[..., float]) -> di
     found: dict[str, Errors] = {}
 
     def keep(method: str, steps: int, **options: Any) -> None:
-        state, calls = torchdiffeq.final_state(flow, method, steps, **options)
+        state, calls = torchdiffeq.velocity_state(flow, method, steps, **options)
         if calls in nfe:
             errors = found.setdefault(method, {})
             errors[calls] = min(distance(state), errors.get(calls, float("inf")))

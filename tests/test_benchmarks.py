@@ -207,9 +207,9 @@ def test_a_command_fails_with_its_gates(monkeypatch):
         ("deis-3", 0, 2, 2),  # no history yet: x, out -> x, push
         ("deis-3", 5, 4, 1),  # nothing comes after: no push
         ("dpmpp-2m", 3, 3, 2),  # h = p x + q out reads no more than x does
-        ("dpm-2", 0, 2, 2),  # x, out -> e, push; x stays
-        ("dpm-2", 1, 3, 1),  # x, out at e (p = 0), H1 -> x
-        ("dpmpp-2s", 1, 4, 1),  # x0 at e reads e as well
+        ("dpm-2", 0, 2, 1),  # x, out -> e; x stays
+        ("dpm-2", 1, 2, 1),  # x, out at e (p = 0) -> x: the first output has no weight
+        ("dpmpp-2s", 1, 3, 1),  # x0 at e reads e as well
         ("deis-rk4", 2, 2, 2),  # the third of four: x, out -> e, push
         ("deis-rk4", 3, 5, 1),  # the fourth sums all: x, out, H1, H2, H3 -> x
     ],
@@ -392,7 +392,10 @@ def test_benches_run_without_their_rivals(monkeypatch, tmp_path):
     assert "torchdiffeq was not measured." in invoke("flow", *small, *SMOKE["flow"])
     output = invoke("adjoint", *small, *SMOKE["adjoint"], "--part", "error", "--out", out)
     rivals = {r["rival"] for r in records.read(out)}
-    assert rivals == {"network alone", "fastdiff eager", "fastdiff", *load("bench_adjoint").OURS}
+    assert rivals - {"k-diffusion"} == {
+        "network alone", "fastdiff eager", "fastdiff", *load("bench_adjoint").OURS
+    }  # fmt: skip
+    assert "k-diffusion" in rivals  # restated here
 
 
 # -- targets ---------------------------------------------------------------------------------------

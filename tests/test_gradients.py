@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from support.gradients import BACKENDS, EACH, F64, VP, apart, gradients, net_of, plan_of
+from support.gradients import EACH, F64, VP, apart, gradients, net_of, plan_of
 from support.nets import Net
 
 import fastdiff as fd
@@ -212,25 +212,6 @@ def test_an_entry_that_multiplies_the_state_has_no_gradient_in_the_table():
 
 
 # -- the exact gradient ----------------------------------------------------------------------------
-
-
-@EACH
-@pytest.mark.parametrize("solver", fd.solvers.names())
-def test_discrete_is_backpropagation(net, solver, backend):
-    plan = plan_of(solver)
-    expected = gradients(net, plan, "backprop")
-    assert len(expected) == 5
-    for gradient in ("discrete", fd.Discrete(checkpoint=1), fd.Discrete(checkpoint=4)):
-        assert apart(gradients(net, plan, gradient, backend=backend), expected) < 1e-10
-
-
-@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without")
-@pytest.mark.parametrize("solver", ["deis-3", "dpm-2"])
-def test_discrete_runs_on_triton(net, solver):
-    plan = plan_of(solver, 3)
-    expected = gradients(net, plan, "backprop")
-    assert apart(gradients(net, plan, "discrete", backend="triton"), expected) < 1e-10
 
 
 @pytest.mark.parametrize("solver", ["ddpm", "deis-3", "dpmpp-3s"])

@@ -10,30 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.captures import MODES, entries_of, network, plan_of, poisoned
+from support.captures import MODES, entries_of, network, plan_of
 from support.core import needs_core
 from support.nets import Net
 
 import fastdiff as fd
 
 # -- a replay is the eager run ---------------------------------------------------------------------
-
-
-@needs_core
-@MODES
-@pytest.mark.parametrize("solver", fd.solvers.names())
-def test_a_replay_equals_eager(solver, mode, recorder):
-    plan = plan_of(solver)
-    x = torch.randn(3, 5)
-    expected = fd.sample(network, x, plan, seed=3)
-    sampler = fd.Sampler(network, plan, graph=mode)
-    assert torch.equal(sampler(x, seed=3), expected)
-    for _ in range(2):
-        poisoned(sampler)
-        assert torch.equal(sampler(x, seed=3), expected)
-    stats = sampler.stats()
-    assert (stats.captures, stats.loops, stats.evictions) == (1, 1, 0)
-    assert stats.replays == 3 * (1 if mode == "loop" else len(plan.stages))
 
 
 @needs_core

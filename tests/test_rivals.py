@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -35,6 +36,10 @@ def invoke(name, *arguments, code=0):
     result = CliRunner().invoke(load("run").main, [name, *map(str, arguments)])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.output
+
+
+# of diffusers, which start at alpha = 0
+NOT_FINITE = ("UniPC 1 bh1", "UniPC 2 bh1", "UniPC 3 bh1", "UniPC 3 bh2")
 
 
 def needs(package):
@@ -108,6 +113,16 @@ def test_a_wrong_solver_of_diffusers_is_not_compared(monkeypatch):
     monkeypatch.setattr(diffusers, "final_state", lambda *a, **k: 1.001 * real(*a, **k))
     with pytest.raises(gate.GateError, match="ddim"):
         order.gate()
+
+
+def test_a_wrong_sampler_of_k_diffusion_is_not_compared(monkeypatch):
+    order, theirs = load("bench_order"), load("rivals.k_diffusion")
+    order.restated()
+    assert set(order._RESTATED) == set(theirs.SAMPLERS)
+    real = theirs.final_state
+    monkeypatch.setattr(theirs, "final_state", lambda *a: 1.001 * real(*a))
+    with pytest.raises(gate.GateError, match="sample_euler"):
+        order.restated()
 
 
 def test_wrong_gradients_are_not_timed(monkeypatch):
@@ -196,6 +211,32 @@ def test_loops_compiled_whole_end_where_the_reference_does():
         made = {name: make() for name, make in loop.makers(cell, parts, False).items()}
         assert len(made) == 5
         loop.gate(parts, made, loop.reference(parts))
+
+
+@pytest.mark.filterwarnings("ignore")  # diffusers' own
+@pytest.mark.parametrize("on", ["mixture", "flow"])
+def test_unipc_is_that_of_diffusers(on):
+    """From alpha = 0 on a flow as well, where lambda is infinite."""
+    needs("diffusers")
+    theirs, flow = load("rivals.schedulers"), flows.untrained(on)
+    plan = flow.plan("unipc-2", 7, grid="uniform", lower_order_final=True)
+    field = load("rivals.fields").Field(flow)
+    end = theirs.final_state("UniPC 2 bh2", field, np.array(plan.times))
+    assert field.calls == plan.nfe == 7
+    torch.testing.assert_close(end, flow.run(plan), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", ["mixture", "flow"])
+def test_the_samplers_of_a_rival_spend_what_they_are_given(on):
+    order, flow = load("bench_order"), flows.untrained(on)
+    for rival, module in order.RIVALS.items():
+        if rival != "k-diffusion":
+            needs(rival)
+        for name, cost in module.offered(flow.schedule).items():
+            if name != "explicit_adams in lambda":
+                ends = order.their_ends(module, name, cost, flow, "uniform", (11, 12))
+                finite = not (on == "flow" and name in NOT_FINITE)
+                assert bool(ends) == finite, name
 
 
 def test_a_fine_path_has_the_noise_of_the_coarse_one():

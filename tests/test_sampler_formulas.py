@@ -4,48 +4,9 @@
 import pytest
 import torch
 from support.core import BACKENDS
-from support.runs import EACH, VP, network
+from support.runs import EACH, VP, literal, network
 
 import fastdiff as fd
-
-
-def literal(plan, net, x, draw=None):
-    """The formulas of fastdiff.plan, one stage at a time, in float64."""
-    e, at_e, outputs = None, False, []
-    for i, s in enumerate(plan.stages):
-        point = e if at_e else x
-        t = torch.full((len(x),), s.model_time, dtype=torch.float64)
-        h = s.p * point + s.q * net(s.c_in * point, t)
-        if s.clip:
-            h = h.clamp(*s.clip)
-        if s.threshold:
-            quantile, floor = s.threshold
-            scale = torch.quantile(h.abs().flatten(1), quantile, dim=1).clamp(min=floor)
-            scale = scale.reshape(-1, *[1] * (h.ndim - 1))
-            h = h.clamp(-scale, scale) / scale
-        outputs.insert(0, h)
-        xi = draw(i) if s.c or s.c_e else 0.0
-        rows = []
-        for a, b, weights, c in ((s.a_x, s.a_e, s.b, s.c), (s.d_x, s.d_e, s.g, s.c_e)):
-            value = a * x + (b * e if b else 0.0) + c * xi
-            rows.append(value + sum(w * o for w, o in zip(weights, outputs, strict=False)))
-        at_e = s.writes_e
-        x, e = rows[0], rows[1] if at_e else e
-    return x
-
-
-@EACH
-@pytest.mark.parametrize("solver", fd.solvers.names())
-def test_a_run_is_the_plans_formulas(solver, backend):
-    plan = fd.plan(VP, solver, 6, prediction="v", t_max=0.9)
-    x = torch.randn(3, 5, dtype=torch.float64)
-    seeds = [11, 5, 2**63 + 1]
-
-    def draw(i):
-        return fd.noise.normal(x.shape, seeds, plan.stages[i].noise[0][0], dtype=torch.float64)
-
-    got = fd.sample(network, x, plan, backend=backend, seed=seeds)
-    torch.testing.assert_close(got, literal(plan, network, x, draw), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

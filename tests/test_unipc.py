@@ -153,12 +153,17 @@ def test_steps_that_are_named_are_not_corrected():
     assert every.stages == fd.plan(VP, "unipc-3", 8, corrector=False).stages
 
 
-def test_a_step_from_or_to_an_infinite_lambda_is_plain_and_not_corrected():
+def test_a_step_from_or_to_an_infinite_lambda_is_of_first_order():
     flow = fd.schedules.FlowMatching()
     plan = fd.plan(flow, "unipc-3", 6, prediction="velocity")
     assert (plan.times[0], plan.times[-1]) == (1.0, 0.0)
-    assert not plan.stages[0].writes_e
-    assert len(plan.stages[0].b) == len(plan.stages[1].b or plan.stages[1].g) == 1
+    first, second = plan.stages[:2]
+    half = 0.5 * (1.0 - plan.times[1])  # of alpha: the exact weight of a straight x0 in alpha/sigma
+    assert first.writes_e
+    assert second.b == pytest.approx((half, half), abs=1e-15)
+    plain = fd.plan(flow, "unipc-3", 6, prediction="velocity", variant="bh1")
+    assert not plain.stages[0].writes_e  # its B(h) is infinite
+    assert len(plain.stages[0].b) == len(plain.stages[1].b or plain.stages[1].g) == 1
     for form in ("x0", "epsilon"):
         plan = fd.plan(fd.schedules.EDM(), "unipc-3", 6, form=form, lower_order_final=False)
         assert plan.stages[-1].writes_x

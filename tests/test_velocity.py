@@ -50,7 +50,7 @@ def ran(solver, steps=7, schedule=FLOW, prediction="velocity", **options):
 def test_torchdiffeq_ends_where_the_same_table_ends(theirs, ours, steps):
     pytest.importorskip("torchdiffeq", reason="a rival; pip install 'fastdiff-engine[bench]'")
     flow = load("problems.flows").flow_network(16)
-    state, calls = load("rivals.torchdiffeq").final_state(flow, theirs, steps)
+    state, calls = load("rivals.torchdiffeq").velocity_state(flow, theirs, steps)
     plan = flow.plan(ours, steps, grid="uniform")
     assert plan.nfe == calls
     torch.testing.assert_close(flow.run(plan), state, rtol=1e-12, atol=1e-12)
@@ -61,7 +61,7 @@ def test_torchdiffeqs_adams_is_ours_from_the_same_start(steps):
     # theirs takes two steps of the 3/8 rule, then combines three velocities, on equal steps alone
     pytest.importorskip("torchdiffeq", reason="a rival; pip install 'fastdiff-engine[bench]'")
     flow = load("problems.flows").flow_network(16)
-    state, _ = load("rivals.torchdiffeq").final_state(flow, "explicit_adams", steps, max_order=4)
+    state, _ = load("rivals.torchdiffeq").velocity_state(flow, "explicit_adams", steps, max_order=4)
     rows = fd.solvers.Rows(FLOW, "velocity", "velocity", steps)
     times = np.linspace(1.0, 0.0, steps + 1)
     start = fd.plan(FLOW, "rk4-38", 2, grid=times[:3], prediction="velocity").stages

@@ -71,6 +71,8 @@ def untrained(name: str) -> Flow:
         network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
         start = fd.noise.normal((64, 8), 0, 0, dtype=torch.float64)
         return Flow(TITLES[name], network, "epsilon", start, theta=False)
+    if name == "flow":
+        return flow_network()
     return empirical(16) if name == "empirical" else digits(10, theta=False)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torchdiffeq: gradients by its continuous adjoint, and states by its solvers of fixed steps."""
+"""torchdiffeq: the same flows by its fixed-step solvers, and gradients by its adjoint."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from fastdiff.bench.flows import ENDS, VP, Flow
 from fastdiff.bench.machine import installed
+from fastdiff.schedules import Schedule
+
+from .fields import Field, Offered
 
 
 def version() -> str:
@@ -63,6 +66,44 @@ def stepped(flow: Flow, method: str, steps: int) -> dict[str, Any]:
     """Options of a solver of fixed steps, each a hair longer, so that rounding adds none."""
     first, last = lambda_ends(flow).tolist()
     return {"method": method, "options": {"step_size": (last - first) / steps * (1 + 1e-6)}}
+
+
+# name -> evaluations a step, and beside those of the steps
+_FIXED = {
+    "euler": (1, 0),
+    "midpoint": (2, 0),
+    "heun2": (2, 0),
+    "heun3": (3, 0),
+    "rk4": (4, 0),
+    "explicit_adams": (1, 6),  # it starts with two steps of rk4
+}
+
+
+def offered(schedule: Schedule) -> Offered:
+    """Fixed steps of dx/dt, and of dx/dlambda where lambda is finite."""
+    variables = ("t",) if schedule.straight == "velocity" else ("t", "lambda")
+    return {f"{name} in {v}": cost for v in variables for name, cost in _FIXED.items()}
+
+
+def final_state(name: str, field: Field, times: np.ndarray) -> torch.Tensor:
+    """The state in which a solver of fixed steps ends over these times."""
+    import torchdiffeq
+
+    method, _, variable = name.partition(" in ")
+    schedule = field.schedule
+
+    def in_t(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return field("velocity", x, float(t))
+
+    def in_lambda(lam: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        t = float(np.clip(schedule.t_of_lambda(float(lam)), times[-1], times[0]))
+        slope = -0.5 * float(schedule.g2(t) / schedule.sigma(t) ** 2)
+        return field("velocity", x, t) / slope
+
+    function, points = (in_t, times) if variable == "t" else (in_lambda, schedule.lambda_t(times))
+    start = field.flow.start
+    with torch.no_grad():
+        return torchdiffeq.odeint(function, start, torch.tensor(points), method=method)[-1]
 
 
 def gradients(
@@ -129,7 +170,7 @@ class InTime(nn.Module):
         return -flow.network(x, (1 - clock).expand(len(x)))
 
 
-def final_state(flow: Flow, method: str, steps: int, **options: Any) -> tuple[torch.Tensor, int]:
+def velocity_state(flow: Flow, method: str, steps: int, **options: Any) -> tuple[torch.Tensor, int]:
     """Where equal steps of a method of fixed steps end, and the calls that they took.
 
     Args:

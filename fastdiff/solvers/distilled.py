@@ -371,5 +371,6 @@ SOLVERS = (
         nfe_per_step=1,
         summary="ddim in x0 form on the times of a progressively distilled network",
         source="Salimans & Ho, arXiv:2202.00512",
+        same="ddim",
     ),
 )

@@ -62,10 +62,14 @@ def names() -> tuple[str, ...]:
 
 
 def info(name: str) -> Info:
-    """What is known about a solver: measured order, cost, source, options.
+    """What is known about a solver, as docs/solvers.md has it.
 
     Args:
         name: A name or an alias.
+
+    Returns:
+        Measured order, cost, source, options, the names that other libraries give it, whose samples
+        these are under another name, and what published code gets wrong.
 
     Raises:
         ValueError: No solver has this name; the nearest are suggested.

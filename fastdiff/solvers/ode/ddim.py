@@ -68,17 +68,21 @@ def ddim_row(
     """Weights of x, of the output at s and of fresh noise in DDIM's step from s to t."""
     if eta == 0.0:
         return transfer(schedule, form, s, t), moments(schedule, form, s, t, 1)[0], 0.0
-    h = float(schedule.lambda_t(t) - schedule.lambda_t(s))
-    sigma = float(schedule.sigma(t))
-    noise = eta * sigma * math.sqrt(-math.expm1(-2.0 * h))
-    # sigma² - noise² without cancellation at eta = 1: sigma² exp(-2h) + (1 - eta²) (...)
-    rest = math.exp(-2.0 * h) + (1.0 - eta**2) * -math.expm1(-2.0 * h)
-    direct = sigma * math.sqrt(rest)
-    alpha_s, sigma_s = float(schedule.alpha(s)), float(schedule.sigma(s))
-    alpha_t = float(schedule.alpha(t))
+    h = float(schedule.h(s, t))
+    alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+    lost, kept = -math.expm1(-2.0 * h), math.exp(-2.0 * h)  # of the noise-to-signal ratio squared
+    noise = eta * sigma * math.sqrt(lost)
+    # sqrt(sigma² - noise²)/sigma, without cancellation at eta = 1
+    direct = math.sqrt(kept + (1.0 - eta**2) * lost)
     if form == "epsilon":
-        return alpha_t / alpha_s, direct - alpha_t * sigma_s / alpha_s, noise
-    return direct / sigma_s, alpha_t - direct * alpha_s / sigma_s, noise
+        if h < 1.0:  # both terms are negative; beyond, their difference loses nothing
+            b = sigma * (-(eta**2) * lost / (1.0 + direct) - math.expm1(h))
+        else:
+            b = sigma * direct - alpha * float(schedule.rho(s))
+        return transfer(schedule, form, s, t), b, noise
+    # 1 - direct exp(-h), by the difference of the squares
+    b = alpha * lost * (1.0 + eta**2 * kept) / (1.0 + direct * math.exp(-h))
+    return direct * transfer(schedule, form, s, t), b, noise
 
 
 SOLVERS = (
@@ -89,5 +93,7 @@ SOLVERS = (
         nfe_per_step=1,
         summary="exact flow of a constant output; eta adds noise",
         source="Song et al., arXiv:2010.02502",
+        quirks="diffusers' DDIMScheduler clips x0 by default, and keeps the epsilon of the x0 that "
+        "was not clipped",
     ),
 )

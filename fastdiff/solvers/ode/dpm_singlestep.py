@@ -16,7 +16,7 @@ from ..._text import shown
 from ...schedules import Array, Schedule
 from ..base import X0Limits, choice
 from ..entry import Info
-from ..exponential import adams, moments, transfer
+from ..exponential import from_moments, moments, transfer
 from ..rows import Row, Rows
 
 FORMS = ("epsilon", "x0")
@@ -50,37 +50,45 @@ def singlestep(
         inner_type: Rule of the second inner node at order 3.
     """
     schedule, form = rows.schedule, rows.variable
-    lam_s, lam_t = float(schedule.lambda_t(s)), float(schedule.lambda_t(t))
-    h = lam_t - lam_s
+    h = float(schedule.h(s, t))
     first = rows.current
+    end = (t, h)
     if math.isinf(h):
         order = 1
     if order == 1:
-        rows.add(s, x=_first_order(schedule, form, s, t, first))
+        rows.add(s, x=_first_order(schedule, form, s, end, first))
         return first
-    if not inner:
-        fractions = (0.5,) if order == 2 else (1 / 3, 2 / 3)
-        inner = tuple(float(schedule.t_of_lambda(lam_s + r * h)) for r in fractions)
-    rows.add(s, e=_first_order(schedule, form, s, inner[0], first))
-    if order == 2:
-        row = _second_order(schedule, form, s, t, inner[0], first, first + 1, solver_type)
-        rows.add(inner[0], x=row)
-        return first
-    row = _second_order(schedule, form, s, inner[1], inner[0], first, first + 1, inner_type)
-    rows.add(inner[0], e=row)
-    if solver_type == "dpmsolver":
-        row = _second_order(schedule, form, s, t, inner[1], first, first + 2, "taylor")
-        rows.add(inner[1], x=row)
+    if inner:
+        nodes = [(time, float(schedule.h(s, time))) for time in inner]
     else:
-        a = transfer(schedule, form, s, t)
-        b = adams(schedule, form, s, t, (s, *inner))
+        fractions = (0.5,) if order == 2 else (1 / 3, 2 / 3)
+        lam = float(schedule.lambda_t(s))
+        nodes = [(float(schedule.t_of_lambda(lam + r * h)), r * h) for r in fractions]
+    rows.add(s, e=_first_order(schedule, form, s, nodes[0], first))
+    if order == 2:
+        row = _second_order(schedule, form, s, end, nodes[0], (first, first + 1), solver_type)
+        rows.add(nodes[0][0], x=row)
+        return first
+    row = _second_order(schedule, form, s, nodes[1], nodes[0], (first, first + 1), inner_type)
+    rows.add(nodes[0][0], e=row)
+    if solver_type == "dpmsolver":
+        row = _second_order(schedule, form, s, end, nodes[1], (first, first + 2), "taylor")
+    else:
+        u = np.array([0.0, *(length for _, length in nodes)])
+        b = from_moments(moments(schedule, form, s, t, 3), np.subtract.outer(u, u))
         outputs = dict(zip(range(first, first + 3), b.tolist(), strict=True))
-        rows.add(inner[1], x=Row(x=a, outputs=outputs))
+        row = Row(x=transfer(schedule, form, s, t), outputs=outputs)
+    rows.add(nodes[1][0], x=row)
     return first
 
 
-def _first_order(schedule: Schedule, form: str, s: float, t: float, k: int) -> Row:
-    a, b = transfer(schedule, form, s, t), moments(schedule, form, s, t, 1)[0]
+# A time in a step, and lambda there minus lambda at the start of the step.
+Node = tuple[float, float]
+
+
+def _first_order(schedule: Schedule, form: str, s: float, end: Node, k: int) -> Row:
+    t, h = end
+    a, b = transfer(schedule, form, s, t), moments(schedule, form, s, t, 1, h)[0]
     return Row(x=a, outputs={k: b})
 
 
@@ -88,18 +96,18 @@ def _second_order(
     schedule: Schedule,
     form: str,
     s: float,
-    t: float,
-    node: float,
-    k_s: int,
-    k_node: int,
+    end: Node,
+    node: Node,
+    evaluations: tuple[int, int],
     solver_type: str,
 ) -> Row:
-    """From s to t with the outputs k_s at s and k_node at `node`."""
-    w = moments(schedule, form, s, t, 2)
-    lam = schedule.lambda_t(np.array([s, node, t]))
-    ahead = 1.0 / (lam[1] - lam[0])
-    g = 0.5 * w[0] * (lam[2] - lam[0]) * ahead if solver_type == "dpmsolver" else w[1] * ahead
-    return Row(x=transfer(schedule, form, s, t), outputs={k_s: w[0] - g, k_node: g})
+    """From s to the end, with the outputs at s and at the node."""
+    (t, h), (_, u) = end, node
+    w = moments(schedule, form, s, t, 2, h)
+    # half a step from the middle is the whole weight, to the last bit
+    g = (0.5 * h / u) * w[0] if solver_type == "dpmsolver" else w[1] / u
+    outputs = dict(zip(evaluations, (w[0] - g, g), strict=True))
+    return Row(x=transfer(schedule, form, s, t), outputs=outputs)
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,11 @@ class DPMSolverSinglestep(X0Limits):
 # A step of order 1 has no inner node that these could move.
 _DEAD_AT_ORDER_1 = {"solver_type": "dpmsolver", "published": False, "method": "singlestep"}
 
+_BUDGET = "steps is a budget of evaluations in the authors' code, which ends with lower orders"
+_BUDGETS = {
+    2: _BUDGET,
+    3: _BUDGET + "; in diffusers the second inner node follows solver_type as well",
+}
 _ALIASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {"dpm_2": {}, "sample_dpm_2": {}},
     # on the grid "logsnr"
@@ -233,6 +246,8 @@ SOLVERS = (
             fixed={"order": order, "form": "epsilon", "clip": None, "threshold": None}
             | (_DEAD_AT_ORDER_1 if order == 1 else {}),
             aliases=_ALIASES.get(order, {}),
+            same="ddim" if order == 1 else "",
+            quirks=_BUDGETS.get(order, ""),
         )
         for order in (1, 2, 3)
     ),
@@ -244,6 +259,7 @@ SOLVERS = (
         summary="ddim on x0",
         source=DPMPP,
         fixed={"order": 1, "form": "x0"} | _DEAD_AT_ORDER_1,
+        same="ddim",
     ),
     *(
         Info(
@@ -254,6 +270,7 @@ SOLVERS = (
             summary="singlestep on x0",
             source=DPMPP,
             fixed={"order": order, "form": "x0"},
+            quirks=_BUDGETS[order],
         )
         for order in (2, 3)
     ),

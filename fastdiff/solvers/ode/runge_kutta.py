@@ -11,6 +11,7 @@ import numpy as np
 from ...schedules import Array, Schedule
 from ..base import Solver, choice
 from ..entry import Info
+from ..exponential import rho_gap
 from ..rows import Row, Rows
 from .tableaus import ORDERS, TABLEAUS
 
@@ -35,10 +36,13 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
             return jump(rows, s, t, Row())
         tableau = closing(rows, tableau, t) if straight else "euler"
     c, a, b = TABLEAUS[tableau]
-    start, end = (s, t) if straight else (float(schedule.rho(s)), float(schedule.rho(t)))
-    if of_x0:
-        start, end = 1.0 / start, 1.0 / end
-    length = end - start
+    if straight:
+        start, length = s, t - s
+    elif of_x0:
+        start = float(1.0 / schedule.rho(s))
+        length = start * float(np.expm1(schedule.h(s, t)))
+    else:
+        start, length = float(schedule.rho(s)), rho_gap(schedule, s, t)
 
     def time_at(node: float) -> float:
         if node in (0.0, 1.0):
@@ -199,6 +203,9 @@ SOLVERS = (
         nfe_per_step=1,
         summary="Euler in the schedule's straight variable",
         source=_EDM,
+        same="ddim",
+        quirks="diffusers' FlowMatchEulerDiscreteScheduler shifts the lower end of its times twice "
+        "(issue 13243)",
         aliases={
             "sample_euler": {},  # k-diffusion, with its default s_churn = 0
             "EulerDiscreteScheduler": {},
@@ -224,6 +231,7 @@ SOLVERS = (
             summary="Runge-Kutta in rho",
             source="Zhang & Chen, arXiv:2204.13902",
             fixed={"tableau": tableau},
+            same={"euler": "ddim", "heun": "heun"}.get(tableau, ""),
         )
         for tableau in RHO
     ),

@@ -42,7 +42,9 @@ class UniPC(X0Limits):
     one, and so are the three correctors from order 2 on.
 
     The order is that of the predictor, and one more with the corrector, if the warm-up has it. A
-    step from alpha = 0 or to sigma = 0 is of order 1 and is not corrected.
+    step from alpha = 0 or to sigma = 0 is of order 1. The latter is not corrected, the former by
+    "bh2" alone, whose B(h) is finite there; the step after it is corrected by the exact weights of
+    its two outputs.
 
     Args:
         order: Outputs that the predictor combines, 1 to 4; the corrector combines one more.
@@ -133,7 +135,10 @@ class UniPC(X0Limits):
                 state = Row()
                 continue
             rows.add(s, x=state if state.outputs else None, e=ahead)
-            c = self.correct(schedule, nodes, t)
+            if len(nodes) == 1 and i > 0 and not finite[0]:  # the warm-up had its step
+                c = adams(schedule, self.form, s, t, [s, t])[::-1]
+            else:
+                c = self.correct(schedule, nodes, t)
             state = Row(x=a, outputs=dict(zip([rows.current, *newest], c.tolist(), strict=True)))
 
     def _check_corrected(self, steps: int) -> None:
@@ -151,7 +156,8 @@ class UniPC(X0Limits):
             self.corrector
             and not last
             and i not in self.disable_corrector
-            and bool(finite[i] and finite[i + 1])
+            and bool(finite[i + 1])
+            and bool(finite[i] or self.variant == "bh2")  # half of B is finite there
         )
 
     def _order(self, schedule: Schedule, times: Array, i: int, finite: Any) -> int:

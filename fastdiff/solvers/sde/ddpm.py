@@ -75,8 +75,8 @@ def _upper(schedule: Schedule, s: float, t: float) -> float:
             "ddpm: variance='fixed_large' needs a variance preserving schedule "
             f"(VPLinear, VPCosine, VPDiscrete); got {schedule}. Use 'fixed_small'."
         )
-    ratio = alpha / float(schedule.alpha(t))
-    return math.sqrt((1.0 - ratio) * (1.0 + ratio))
+    # alpha² = 1/(1 + rho²): 1 - alpha_s²/alpha_t² = sigma_s² (1 - rho_t²/rho_s²)
+    return sigma * math.sqrt(-math.expm1(-2.0 * float(schedule.h(s, t))))
 
 
 SOLVERS = (
@@ -88,5 +88,7 @@ SOLVERS = (
         summary="ancestral sampling",
         source="Ho et al., arXiv:2006.11239",
         stochastic=True,
+        quirks='variance="fixed_large" of the published code leaves noise on the result of a '
+        "subsampled sequence",
     ),
 )
