@@ -14,7 +14,7 @@ one fused kernel runs any of them.
 
 import torch as _torch  # noqa: F401  before the compiled core: one OpenMP runtime
 
-from . import backends, grids, models, noise, schedules, solvers
+from . import backends, grids, models, noise, schedules, solvers, tune
 from .batcher import Batcher
 from .capture import Graph
 from .conditioning import PerStage
@@ -50,4 +50,5 @@ __all__ = [
     "sample",
     "schedules",
     "solvers",
+    "tune",
 ]

@@ -25,6 +25,7 @@ FLOORS = (
     ("gradients",),
     ("sampler", "batcher"),
     ("models",),
+    ("tune",),
     ("",),
     ("bench",),
     ("cli",),

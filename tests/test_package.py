@@ -77,7 +77,8 @@ def test_a_name_missing_from_fastdiff_kernels_is_an_ordinary_error():
 # Adding a name is a decision, taking one away a breaking change: both edit this list.
 PUBLIC = {
     "fastdiff": "Adapted AdjointDEIS Batcher CFG Discrete Graph Measure PerStage Plan Product "
-    "Reduction Sampler Stage adaptive backends grids models noise plan sample schedules solvers",
+    "Reduction Sampler Stage adaptive backends grids models noise plan sample schedules solvers "
+    "tune",
     "fastdiff.backends": "Backend BoundStage LARGE Registers Table choose get measure names rivals "
     "status table",
     "fastdiff.grids": "build names",
@@ -86,11 +87,12 @@ PUBLIC = {
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
     "fastdiff.solvers": "AdamsBashforth AdamsMoulton Consistency DDIM DDPM DEIS "
-    "DPMSolverMultistep DPMSolverSinglestep Embedded EmbeddedDPM EmbeddedRK Euler "
+    "DPMSolverMultistep DPMSolverSinglestep DPMSolverV3 Embedded EmbeddedDPM EmbeddedRK Euler "
     "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LCM LMS LogRhoDEIS "
-    "NStepStochastic PNDM Progressive RESMultistep RESSinglestep Recurrence Restart "
-    "Reversible RhoAB RhoRK Row Rows Solver TABLEAUS TCD UniPC VelocityRK adaptive_info "
-    "adaptive_names get info names plan",
+    "ModelStatistics NStepStochastic PNDM Progressive RESMultistep RESSinglestep Recurrence "
+    "Restart Reversible RhoAB RhoRK Row Rows Solver TABLEAUS TCD UniPC VelocityRK "
+    "adaptive_info adaptive_names get info names plan",
+    "fastdiff.tune": "Statistics ems",
 }
 
 

@@ -12,6 +12,8 @@ import fastdiff as fd
 
 SOLVERS = fd.solvers.names()
 RESTARTED = ("restart", "s_noise")  # there is no noise without restarts
+# statistics that all elements share, of times as early and as late as any grid here
+SHARED = fd.solvers.ModelStatistics(VP, [0.9, 0.1], [0.5, -0.5], [0.0, 0.0], [-5.1, 4.6])
 
 
 def test_a_plan_says_how_strong_its_starting_noise_is():
@@ -93,6 +95,7 @@ def test_registry_names_are_the_field_names():
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
         "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
+        "dpm-v3-1", "dpm-v3-2", "dpm-v3-3",
         "rex-1",
         "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",
     }  # fmt: skip
@@ -126,27 +129,37 @@ def test_every_option_of_a_name_changes_something(name):
         "mode": ["pece"],
         "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
         "restarts": [[(0.1, 0.5, 1, 2)]],
+        "statistics": [SHARED], "degenerated": [True], "use_corrector": [False],
+        "p_pseudo": [True], "c_pseudo": [True], "half": [True],
     }  # fmt: skip
     # where the last step is long, where it is short, and to sigma = 0
     sd = fd.schedules.VPDiscrete.linear()
     runs = [(VP, "uniform", 6), (VP, "logsnr", 6), (VP, "logsnr", 11), (sd, "trailing", 6)]
     info = fd.solvers.info(name)
     assert all(option in others for option in info.options)
-    for option, values in others.items():
-        if option not in info.options:
-            continue
+    if "statistics" in info.options:  # they belong to one schedule, and end at sigma > 0
+        runs = runs[:3]
+
+    def changes(name, option):
         with_it = {"published": True} if option == "method" else {}
         unipc = {"variant": "vary_coeff", "lower_order_final": True}
         with_it |= unipc if ("variant" in info.options and option == "published") else {}
         with_it |= {"variance": "fixed_large"} if (name, option) == ("ddpm", "published") else {}
         with_it |= {"restarts": [(0.1, 0.5, 1, 2)]} if (name, option) == RESTARTED else {}
-        changed = [
+        with_it |= {"statistics": SHARED} if option == "degenerated" else {}
+        return any(
             fd.plan(schedule, name, steps, grid=grid, **with_it)
             != fd.plan(schedule, name, steps, grid=grid, **with_it | {option: value})
             for schedule, grid, steps in runs
-            for value in values
-        ]
-        assert any(changed), option
+            for value in others[option]
+        )
+
+    for option in info.options:
+        # a family's switches may have nothing to switch at its lowest orders
+        switch = "use_corrector" in info.options and option != "statistics"
+        family = [n for n in SOLVERS if switch and fd.solvers.info(n).make is info.make]
+        heard = [n for n in family if option in fd.solvers.info(n).options]
+        assert any(changes(each, option) for each in (name, *heard)), option
 
 
 def combinations(make, choices):

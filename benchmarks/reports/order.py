@@ -38,6 +38,8 @@ def page(records: Sequence[Record], place: str) -> str:
         best = {n: min(e[n] for e in ours.values() if n in e) for n in budgets}
         lines = []
         for solver in groups:
+            if solver not in ours:  # it cannot start here
+                continue
             names = [solver, *groups[solver]]
             their = next((theirs[name] for name in names if name in theirs), {})
             cells = []
@@ -104,6 +106,15 @@ def errors(rows: Sequence[Row], problem: str, grid: str, rival: str) -> Errors:
     return found
 
 
+def best_of_others(rows: Sequence[Row], problem: str, grid: str) -> dict[int, float]:
+    """The least error of diffusers, k-diffusion and torchdiffeq, by NFE."""
+    found: dict[int, float] = {}
+    for r in rows:
+        if (r["problem"], r["grid"]) == (problem, grid) and r["rival"] != "fastdiff":
+            found[r["nfe"]] = min(r["error"], found.get(r["nfe"], r["error"]))
+    return dict(sorted(found.items()))
+
+
 def same(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Solvers whose errors agree to five digits everywhere, by the first name of each group."""
     signature: dict[str, list[Any]] = {}
@@ -154,7 +165,10 @@ _PANELS = {
     "DEIS": ("deis-2", "deis-3", "deis-4", "deis-rhoab-3", "deis-logrho-3"),
     "DPM-Solver": ("dpm-2", "dpm-3", "dpm-2m", "dpm-3m"),
     "DPM-Solver++": ("dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m"),
-    "Runge-Kutta and iPNDM": ("heun", "deis-kutta3", "deis-rk4", "ipndm-2", "ipndm-4"),
+    "UniPC and RES": ("unipc-2", "unipc-3", "res-2m", "res-3m"),
+    "PNDM and LMS": ("plms", "ipndm-2", "ipndm-4", "lms-4"),
+    "Runge-Kutta": ("heun", "deis-kutta3", "deis-rk4", "midpoint", "rk4"),
+    "Adams in velocity": ("ab-2", "ab-3", "abm-2", "abm-3"),
 }
 
 
@@ -168,14 +182,19 @@ def draw(records: Sequence[Record], folder: Path) -> None:
 def draw_problem(rows: Sequence[Row], problem: str, path: Path) -> None:
     """Draws error against NFE: a row for each grid, a panel for each family of solvers."""
     grids = list(dict.fromkeys(r["grid"] for r in rows if r["problem"] == problem))
-    size = (3.1 * len(_PANELS), 2.7 * len(grids) + 0.3)
+    measured = {r["solver"] for r in rows if r["problem"] == problem}
+    panels = {family: of for family, of in _PANELS.items() if measured.intersection(of)}
+    size = (2.8 * len(panels), 2.4 * len(grids) + 0.3)
     figure = new_figure(size)
-    axes = figure.subplots(len(grids), len(_PANELS), sharex=True, sharey="row", squeeze=False)
+    axes = figure.subplots(len(grids), len(panels), sharex=True, sharey="row", squeeze=False)
     budgets = sorted({r["nfe"] for r in rows})
     for k, (row, grid) in enumerate(zip(axes, grids, strict=True)):
         ours = errors(rows, problem, grid, "fastdiff")
         theirs = errors(rows, problem, grid, "diffusers")
-        for panel, (family, solvers) in zip(row, _PANELS.items(), strict=True):
+        best = best_of_others(rows, problem, grid)
+        for panel, (family, solvers) in zip(row, panels.items(), strict=True):
+            if best:
+                panel.plot(*curve(best), color="k", ls=":", lw=1.2, label="best of others")
             if "ddim" in ours:
                 panel.plot(*curve(ours["ddim"]), color="0.6", lw=1.2, label="ddim")
             for solver, colour in zip(solvers, COLOURS, strict=False):
@@ -197,6 +216,7 @@ def draw_problem(rows: Sequence[Row], problem: str, path: Path) -> None:
                 panel.set_xlabel("network evaluations", fontsize=9)
             panel.tick_params(labelsize=8)
         row[0].set_ylabel(f"rms error, grid {grid}", fontsize=9)
-    figure.suptitle(f"{TITLES[problem]}: fastdiff solid, diffusers dashed", fontsize=10)
+    title = "fastdiff solid, diffusers dashed, the best of all others on the grid dotted"
+    figure.suptitle(f"{TITLES[problem]}: {title}", fontsize=10)
     figure.tight_layout()
     save(figure, path)

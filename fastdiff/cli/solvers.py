@@ -26,22 +26,21 @@ evaluations. The form is the variable that a step combines; where it depends on 
 option, those of the defaults on VPLinear and FlowMatching are given."""
 
 _ADAPTIVE = """\
-## Steps of their own choice
+## With steps of their own choice
 
-Embedded pairs for `fastdiff.adaptive`, whose order is that of the state they go on from. Where a
-name stands above as well, `fd.plan` gives it the steps of a grid."""
+For `fd.adaptive`, which takes steps as long as a tolerance allows."""
 
 _NAMES = """\
 ## Names elsewhere
 
-Accepted by `fd.plan`, and for its pairs by `fd.adaptive`, in the place of ours, with the options
-that make them the same sampler. The times are not part of a name."""
+Accepted in the place of ours, with the options that make them the same sampler: by `fd.plan`, and
+by `fd.adaptive` for those with steps of their own choice. The times are not part of a name."""
 
 _SAME = """\
 ## One table under several names
 
-With the default options, the solvers of a line give the same samples on a schedule whose straight
-variable is epsilon (the variance preserving ones and EDM)."""
+With the default options and on the same grid, the solvers of a line give the same samples on a
+schedule whose straight variable is epsilon (the variance preserving ones and EDM)."""
 
 _OPTIONS = """\
 ## Options
@@ -68,38 +67,39 @@ def solvers(markdown: bool) -> None:
         click.echo(page(entries, adaptive))
         return
     head = ["name", "order", "NFE/step", "what", "source"]
-    given, chosen = (
-        [[e.name, _order(e), _nfe(e), e.summary, e.source] for e in each]
-        for each in (entries, adaptive)
-    )
-    click.echo(columns([head, *given]))
+    click.echo(columns([head, *map(_row, entries)]))
     click.echo("\nWith steps of their own choice (fastdiff.adaptive):")
-    click.echo(columns([head, *chosen]))
+    click.echo(columns([head, *map(_row, adaptive)]))
+
+
+def _row(entry: fd.solvers.Info) -> list[str]:
+    return [entry.name, _order(entry), _nfe(entry), entry.summary, entry.source]
 
 
 def page(entries: Sequence[fd.solvers.Info], adaptive: Sequence[fd.solvers.Info]) -> str:
-    """The entries, and those of `fastdiff.adaptive`, as a page of Markdown."""
+    """The solvers, and those that choose their own steps, as a page of Markdown."""
+    every = [*entries, *adaptive]
     facts = ((f"`{e.name}`", _order(e), _nfe(e), _form(e), _what(e), e.source) for e in entries)
-    pairs = ((f"`{e.name}`", _order(e), _nfe(e), e.summary, e.source) for e in adaptive)
-    names = [(f"`{e.name}`", *_columns_of(e)) for e in (*entries, *adaptive) if e.aliases]
+    chosen = ((f"`{e.name}`", _order(e), _nfe(e), e.summary, e.source) for e in adaptive)
+    names = ((f"`{e.name}`", *_columns_of(e)) for e in every if e.aliases)
     options = ((f"`{e.name}`", _options(e.options)) for e in entries)
+    chosen_options = ((f"`{e.name}`, adaptive", _options(e.options)) for e in adaptive)
+    same = _groups((e.same, e.name) for e in every if e.same)
+    quirks = _groups((e.quirks, e.name) for e in every if e.quirks)
     parts = [
         _INTRODUCTION,
         _table(("name", "order", "NFE a step", "form", "what it is", "source"), facts),
+        _ADAPTIVE,
+        _table(("name", "order", "NFE a step", "what it is", "source"), chosen),
+        _NAMES,
+        _table(("here", "diffusers", "k-diffusion", "ComfyUI"), names),
+        _SAME,
+        "\n".join(f"- `{first}`: {_listed(rest)}" for first, rest in same.items()),
+        _QUIRKS,
+        "\n".join(f"- {_listed(of)}: {_sentence(text)}" for text, of in quirks.items()),
+        _OPTIONS,
+        _table(("name", "options"), [*options, *chosen_options]),
     ]
-    if adaptive:
-        parts += [_ADAPTIVE, _table(("name", "order", "NFE a step", "what it is", "source"), pairs)]
-    if names:
-        parts += [_NAMES, _table(("here", "diffusers", "k-diffusion", "ComfyUI"), names)]
-    same = _groups((e.same, e.name) for e in entries if e.same)
-    if same:
-        lines = (f"- `{first}`: {_listed(rest)}" for first, rest in same.items())
-        parts += [_SAME, "\n".join(lines)]
-    quirks = _groups((e.quirks, e.name) for e in (*entries, *adaptive) if e.quirks)
-    if quirks:
-        lines = (f"- {_listed(of)}: {_sentence(text)}" for text, of in quirks.items())
-        parts += [_QUIRKS, "\n".join(lines)]
-    parts += [_OPTIONS, _table(("name", "options"), options)]
     return "\n\n".join(parts)
 
 
@@ -108,8 +108,8 @@ def _order(entry: fd.solvers.Info) -> str:
 
 
 def _nfe(entry: fd.solvers.Info) -> str:
-    extra = f" {'-' if entry.nfe_extra < 0 else '+'} {abs(entry.nfe_extra):g}"
-    return f"{entry.nfe_per_step:g}" + (extra if entry.nfe_extra else "")
+    more = f" {'-' if entry.nfe_extra < 0 else '+'} {abs(entry.nfe_extra):g}"
+    return f"{entry.nfe_per_step:g}" + (more if entry.nfe_extra else "")
 
 
 def _what(entry: fd.solvers.Info) -> str:

@@ -10,6 +10,7 @@ from .ode.ddim import DDIM
 from .ode.deis import DEIS, RhoAB
 from .ode.dpm_multistep import DPMSolverMultistep, LogRhoDEIS
 from .ode.dpm_singlestep import DPMSolverSinglestep
+from .ode.dpm_v3 import DPMSolverV3
 from .ode.gradient_estimation import GradientEstimation
 from .ode.ipndm import IPNDM
 from .ode.lms import IPNDMV, LMS
@@ -24,6 +25,7 @@ from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
 from .sde.restart import Recurrence, Restart
+from .statistics import ModelStatistics
 
 __all__ = [
     "DDIM",
@@ -41,6 +43,7 @@ __all__ = [
     "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
+    "DPMSolverV3",
     "Embedded",
     "EmbeddedDPM",
     "EmbeddedRK",
@@ -50,6 +53,7 @@ __all__ = [
     "Heun",
     "Info",
     "LogRhoDEIS",
+    "ModelStatistics",
     "NStepStochastic",
     "Progressive",
     "RESMultistep",

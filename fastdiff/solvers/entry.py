@@ -32,7 +32,8 @@ class Info:
             it the same sampler. diffusers' end with "Scheduler", k-diffusion's begin with
             "sample_", the others are ComfyUI's.
         nfe_extra: Network evaluations of a plan beside those of its steps.
-        same: Name of the solver whose samples these are, with the defaults of both; empty: none.
+        same: Name of the solver whose samples these are on the same grid, with the defaults of
+            both; empty: none.
         quirks: What published code of this solver gets wrong, and where.
     """
 

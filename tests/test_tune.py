@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of a network are those of its definition, resumable, and known by their network."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from support.statistics import MIXTURE, VP
+
+import fastdiff as fd
+
+ONE = fd.models.GaussianMixture([1.0], [[0.3, -0.2, 0.0]], [[0.04, 0.5, 1.0]])
+SPAN = {"t_max": 0.9, "t_min": 0.01}
+
+
+class Differentiable(torch.nn.Module):
+    """The epsilon of the Gaussian `ONE` under VP, differentiable in x and in time, with a class."""
+
+    def __init__(self, gain=1.0):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain, dtype=torch.float64))
+
+    def forward(self, x, t, y=None):
+        log_alpha = (-0.25 * (20.0 - 0.1) * t**2 - 0.05 * t).reshape(-1, 1)
+        alpha, variance = log_alpha.exp(), -torch.expm1(2.0 * log_alpha)
+        spread = alpha**2 * ONE.variances[0] + variance
+        out = variance.sqrt() * (x - alpha * ONE.means[0]) / spread
+        return self.gain * out + (0.0 if y is None else 0.1 * y.reshape(-1, 1))
+
+
+class OnTheHost(Differentiable):
+    """Reads its time without its derivative, as a look-up of an embedding does."""
+
+    def forward(self, x, t, y=None):
+        return super().forward(x, t.detach(), y)
+
+
+DATA = ONE.sample(256, torch.Generator().manual_seed(0))
+COMMON = {"data": DATA, "intervals": 24, "samples": 256, "batch": 100, **SPAN}
+
+
+def expected(lam):
+    """l, s and b of the Gaussian in closed form: sigma eps - l x is a constant of the sample."""
+    t = VP.t_of_lambda(lam)
+    alpha, sigma = VP.alpha(t)[:, None], VP.sigma(t)[:, None]
+    spread = ONE.variances[0].numpy()
+    slope = sigma**2 / (alpha**2 * spread + sigma**2)
+    rate = -2.0 * slope * (1.0 - slope)
+    return slope, -ONE.means[0].numpy() * rate
+
+
+@pytest.mark.parametrize("derivative", ["forward", "finite"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_statistics_of_a_gaussian_are_those_of_its_formula(derivative, prediction):
+    network = Differentiable()
+    if prediction == "v":
+        epsilon = network
+
+        def network(x, t):
+            alpha = torch.exp(-0.25 * (20.0 - 0.1) * t**2 - 0.05 * t).reshape(-1, 1)
+            sigma = (1.0 - alpha**2).sqrt()
+            return (epsilon(x, t) - sigma * x) / alpha
+
+    given = COMMON | {"intervals": 120, "samples": 40}
+    found = fd.tune.ems(network, VP, prediction=prediction, derivative=derivative, **given)
+    slope, rate = expected(found.lambda_grid)
+    np.testing.assert_allclose(found.l, slope, rtol=0, atol=1e-6)  # the Jacobian is diagonal
+    # f is a constant of the sample; dl/dlambda is a difference on the grid
+    f = -slope * ONE.means[0].numpy()
+    np.testing.assert_allclose((found.s * f + found.b)[1:-1], rate[1:-1], rtol=0, atol=1e-3)
+    assert found.shape == (3,)
+    assert found.prediction == prediction
+
+
+def test_statistics_of_the_mixture_are_those_of_its_expectations():
+    # s and b by regression of f' on f, over states of the data that the exact flow moves on
+    data = MIXTURE.sample(1500, torch.Generator().manual_seed(1))
+    network = MIXTURE.network(VP)
+    found = fd.tune.ems(
+        network, VP, data=data, derivative="finite", probes="exact", intervals=30, samples=1500,
+        batch=1500, t_max=0.5, t_min=0.2,
+    )  # fmt: skip
+    i, width = 15, 1e-3
+    lam = found.lambda_grid[i]
+    t, later = (float(VP.t_of_lambda(v)) for v in (lam, lam + width))
+    noise = torch.randn(data.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x = (float(VP.alpha(t)) * data + float(VP.sigma(t)) * noise).requires_grad_()
+    eps = MIXTURE.epsilon(x, float(VP.alpha(t)), float(VP.sigma(t)))
+    slope = torch.stack(
+        [torch.autograd.grad(eps[:, d].sum(), x, retain_graph=True)[0][:, d] for d in range(8)], 1
+    )
+    l_now = torch.from_numpy(found.l[i].copy())
+    torch.testing.assert_close(l_now, float(VP.sigma(t)) * slope.mean(0), rtol=0.05, atol=0.02)
+
+    def f(x, time, slopes):
+        a, s = float(VP.alpha(time)), float(VP.sigma(time))
+        return (s * MIXTURE.epsilon(x, a, s) - slopes * x) / a
+
+    x = x.detach()
+    moved = fd.sample(network, x, fd.plan(VP, "deis-rk4", 1, grid=[t, later]))
+    part = width / float(found.lambda_grid[i + 1] - lam)
+    l_later = torch.from_numpy((1.0 - part) * found.l[i] + part * found.l[i + 1])
+    now = f(x, t, l_now)
+    rate = (f(moved, later, l_later) - now) / width
+    mean, mean_rate = now.mean(0), rate.mean(0)
+    s = ((now - mean) * (rate - mean_rate)).mean(0) / (now - mean).square().mean(0)
+    torch.testing.assert_close(torch.from_numpy(found.s[i].copy()), s, rtol=0, atol=0.12)
+    b = torch.from_numpy(found.b[i].copy())
+    torch.testing.assert_close(b, mean_rate - s * mean, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "span"),
+    [
+        (fd.schedules.EDM(), "edm", {}),
+        (fd.schedules.FlowMatching(), "velocity", {"t_max": 0.99, "t_min": 0.01}),
+        (fd.schedules.VPDiscrete.scaled_linear(), "epsilon", {}),
+    ],
+    ids=str,
+)
+def test_statistics_pay_on_every_schedule(schedule, prediction, span):
+    network = MIXTURE.network(schedule, prediction)
+    data = MIXTURE.sample(200, torch.Generator().manual_seed(0))
+    found = fd.tune.ems(
+        network, schedule, data=data, prediction=prediction, derivative="finite", probes=2,
+        intervals=40, samples=200, batch=200, **span,
+    )  # fmt: skip
+    # at the noisy end x0 = mean + c e^lambda eps: it grows like e^lambda, and s is 1, even where
+    # that end is the schedule's own and a difference can look to one side alone
+    np.testing.assert_allclose(found.s[0], 1.0, atol=0.15)
+    ends = schedule.t_of_lambda(found.lambda_grid[[0, -1]])
+    common = {"grid": "logsnr", "prediction": prediction}
+    common |= {"t_max": float(ends[0]), "t_min": float(ends[1])}
+    exact = fd.plan(schedule, "deis-rk4", 100, **common)
+    x = fd.noise.prior(exact, (32, 8), seeds=0, dtype=torch.float64)
+    wanted = fd.sample(network, x, exact)
+
+    def error(name, **options):
+        plan = fd.plan(schedule, name, 6, **common, **options)
+        extras = found.extras(plan, x) if options else ()
+        return float((fd.sample(network, x, plan, extras=extras) - wanted).norm())
+
+    assert error("dpm-v3-2", statistics=found) < 0.85 * error("dpmpp-3m")
+
+
+def test_a_grid_may_end_at_the_data():
+    edm = fd.schedules.EDM()
+    network = MIXTURE.network(edm, "x0")
+    data = MIXTURE.sample(100, torch.Generator().manual_seed(0))
+    given = {"prediction": "x0", "derivative": "finite", "intervals": 40, "samples": 100}
+    found = fd.tune.ems(network, edm, data=data, **given)
+    plan = fd.plan(edm, "dpm-v3-3", 12, statistics=found, prediction="x0")
+    assert plan.times[-1] == 0.0
+    x = fd.noise.prior(plan, (16, 8), seeds=0, dtype=torch.float64)
+    exact = fd.sample(network, x, fd.plan(edm, "heun", 200, prediction="x0"))
+    got = fd.sample(network, x, plan, extras=found.extras(plan, x))
+    assert float((got - exact).abs().max()) < 0.25
+
+
+def test_probes_estimate_the_diagonal():
+    network = MIXTURE.network(VP)
+    data = MIXTURE.sample(512, torch.Generator().manual_seed(1))
+    common = {"data": data, "derivative": "finite", "intervals": 4, "samples": 512, **SPAN}
+    exact = fd.tune.ems(network, VP, probes="exact", **common)
+    rough = fd.tune.ems(network, VP, probes=4, **common)
+    # a probe's own variance is the row's other elements'; 2048 probes
+    np.testing.assert_allclose(rough.l, exact.l, rtol=0, atol=0.03)
+    assert not np.array_equal(rough.l, exact.l)
+
+
+def test_states_come_from_runs_where_there_are_no_data():
+    common = {"intervals": 24, "samples": 64, "batch": 64, **SPAN}
+    network = Differentiable().float()
+    found = fd.tune.ems(network, VP, shape=(3,), **common)
+    slope, _ = expected(found.lambda_grid)
+    np.testing.assert_allclose(found.l, slope, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", [{"data": DATA[:50]}, {"shape": (3,)}])
+def test_an_estimate_that_was_stopped_goes_on_bit_for_bit(tmp_path, source):
+    common = {**source, "intervals": 6, "samples": 50, "batch": 20, **SPAN}
+    whole = fd.tune.ems(Differentiable(), VP, **common)
+    path, part = tmp_path / "s.npz", tmp_path / "s.npz.part"
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total):
+        seen.append((done, total))
+        if len(seen) in (1, 2):
+            raise Stop
+
+    seen = []
+    for _ in range(2):
+        with pytest.raises(Stop):
+            fd.tune.ems(Differentiable(), VP, save=path, progress=stop, **common)
+        assert part.exists()
+        assert not path.exists()
+    with pytest.raises(ValueError, match=r"s\.npz\.part' holds .* other arguments: its seed"):
+        fd.tune.ems(Differentiable(), VP, save=path, **common | {"seed": 1})
+    with pytest.raises(ValueError, match="holds an estimate of another network"):
+        fd.tune.ems(Differentiable(0.5), VP, save=path, **common)
+    found = fd.tune.ems(Differentiable(), VP, save=path, progress=stop, **common)
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert found == whole
+    assert not part.exists()
+    assert fd.tune.Statistics.load(path) == whole
+    # a complete file is read
+    assert fd.tune.ems(Differentiable(), VP, save=path, progress=stop, **common) == whole
+    assert len(seen) == 3
+    with pytest.raises(ValueError, match="another schedule, prediction, grid or shape"):
+        fd.tune.ems(Differentiable(), VP, save=path, **common | {"intervals": 7})
+
+
+def test_the_network_is_known_by_what_it_says():
+    common = {"data": DATA, "intervals": 4, "samples": 20, **SPAN}
+    y = torch.linspace(0.0, 1.0, len(DATA), dtype=torch.float64)
+    found = fd.tune.ems(Differentiable(), VP, cond={"y": y}, **common)
+    found.check(Differentiable(), cond={"y": y[:2]})
+    found.check(Differentiable().float(), cond={"y": y[:2].float()})
+    with pytest.raises(ValueError, match=r"x0 predictions differ by \d"):
+        found.check(Differentiable(0.5), cond={"y": y[:2]})
+
+
+def test_guidance_is_part_of_the_network():
+    y = torch.ones(len(DATA), dtype=torch.float64)
+    common = {"data": DATA, "intervals": 4, "samples": 40, **SPAN}
+    guided = fd.tune.ems(
+        Differentiable(), VP, cond={"y": y}, guidance=fd.CFG(3.0, uncond={"y": 0.0}), **common
+    )
+    same = fd.tune.ems(Differentiable(), VP, cond={"y": 3.0 * y}, **common)
+    for name in ("l", "s", "b"):
+        np.testing.assert_allclose(getattr(guided, name), getattr(same, name), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: fd.tune.ems(OnTheHost(), VP, **COMMON), ValueError,
+         "differs by .* % from central differences"),
+        (lambda: fd.tune.ems(MIXTURE.network(VP), VP, data=torch.zeros(4, 8), samples=4),
+         NotImplementedError, "Give derivative='finite'"),
+        (lambda: fd.tune.ems(Differentiable(), VP), ValueError, "got neither"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, shape=(3,)), ValueError, "got both"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=[1.0]), TypeError, "got list"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, samples=0), ValueError, "samples is"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, t_min=0.0), ValueError,
+         "lambda is finite and increases from t_max to t_min; got .* inf at t_min = 0"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, derivative="reverse"), ValueError,
+         "derivative is one of 'forward', 'finite'"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, cond={"y": torch.zeros(3)}),
+         ValueError, "cond has one entry a sample, 256; got a tensor of 3"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, cond={"y": torch.zeros(256)},
+                             guidance=fd.CFG([2.0, 3.0], uncond={"y": 0.0})),
+         ValueError, "a CFG whose scale is a number"),
+        (lambda: fd.tune.ems(lambda x, t: x[:, :1], VP, data=DATA, intervals=2), ValueError,
+         "returns its input's shape"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_estimated_is_refused(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_the_benchmark_prints_a_table(tmp_path):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    path = Path(__file__).parents[1] / "benchmarks" / "tune_digits.py"
+    spec = importlib.util.spec_from_file_location("tune_digits", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    given = {
+        "statistics": tmp_path / "s.npz", "samples": 4, "intervals": 6, "count": 2,
+        "reference": 10, "nfe": "5", "grids": "logsnr", "solvers": "ddim",
+    }  # fmt: skip
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    done = CliRunner().invoke(module.main, options, catch_exceptions=False)
+    rows = [line.split(" | ") for line in done.output.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows][:2] == ["| `ddim`", "| `dpm-v3-2` S"]
+    assert len(rows) == 1 + len(module.V3)
+    assert all(np.isfinite(float(row[1].rstrip(" |"))) for row in rows)
