@@ -16,6 +16,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import bench_adjoint
+import bench_flow
 import bench_gradients
 import bench_loop
 import bench_order
@@ -39,6 +40,7 @@ BENCHES = (
     bench_gradients.BENCH,
     bench_adjoint.BENCH,
     bench_order.BENCH,
+    bench_flow.BENCH,
 )
 
 

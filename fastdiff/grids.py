@@ -362,7 +362,7 @@ def _in_lambda(
     if first == -math.inf:
         raise ValueError(
             f"grid: {name!r} needs alpha > 0 at its start; {schedule} has alpha = 0 at t_max = "
-            f"{t_max:g}. Take t_max = {t_max - 1e-3:g}, or grid='uniform'."
+            f"{t_max:g}. Take grid='uniform' or 'quadratic', which start there."
         )
     to_zero = float(schedule.lambda_t(t_min)) == math.inf
     floor = schedule.t_floor if to_zero else t_min

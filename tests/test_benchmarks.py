@@ -299,6 +299,7 @@ SMOKE = {
         "--reference",
         60,
     ),
+    "flow": ("--problem", "flow", "--nfe", "5,8,10", "--reference", 40),
     "stage": ("--largest", 0.0625),
     "loop": ("--case", "null", "--case", "mlp", "--no-compile"),
     "gradients": ("--steps", 2, "--memory-steps", "2,4"),
@@ -335,6 +336,8 @@ def ran(tmp_path_factory, small_gradients):
 def test_a_bench_runs_and_reports_what_it_recorded(name, ran):
     if name in ("step", "loop", "order"):
         needs("diffusers")
+    if name == "flow":
+        needs("torchdiffeq")
     output, found = ran(name)
     module = {b.name: b for b in load("run").BENCHES}[name]
     assert module.report(found, "cpu") in output
@@ -377,7 +380,8 @@ def test_errors_of_gradients_count_both_passes(ran):
 def test_benches_run_without_their_rivals(monkeypatch, tmp_path):
     absent = {"diffusers", "torchdiffeq"}
     real = machine.installed
-    for name in ("bench_loop", "bench_stage", "bench_order", "bench_gradients", "bench_adjoint"):
+    benches = ("loop", "stage", "order", "flow", "gradients", "adjoint")
+    for name in (f"bench_{stem}" for stem in benches):
         monkeypatch.setattr(load(name), "installed", lambda p: p not in absent and real(p))
     monkeypatch.setattr(load("gradient_gate"), "installed", lambda p: p not in absent and real(p))
     out, small = tmp_path / "out.jsonl", ("--device", "cpu", *SMALL)
@@ -385,6 +389,7 @@ def test_benches_run_without_their_rivals(monkeypatch, tmp_path):
     assert "its networks (DiT-S/2, SD U-Net) are left out" in output
     order = ("--problems", "mixture", "--solvers", "ddim,euler", "--nfe", 5, "--reference", 60)
     assert "`ddim` stands for `euler`" in invoke("order", *small, *order, "--out", out)
+    assert "torchdiffeq was not measured." in invoke("flow", *small, *SMOKE["flow"])
     output = invoke("adjoint", *small, *SMOKE["adjoint"], "--part", "error", "--out", out)
     rivals = {r["rival"] for r in records.read(out)}
     assert rivals - {"k-diffusion"} == {

@@ -128,7 +128,7 @@ def test_explicit_times_of_any_kind_are_taken():
         ((VP, 2, "trailing"), {}, ValueError, "VPDiscrete"),
         ((VPDiscrete.linear(), 2, "trailing"), {"t_max": 0.5}, ValueError, "t_max"),
         ((VPDiscrete.linear(), 1001, "trailing"), {}, ValueError, "at most"),
-        ((FlowMatching(), 5, "logsnr"), {}, ValueError, "t_max = 0.999"),
+        ((FlowMatching(), 5, "logsnr"), {}, ValueError, "Take grid='uniform' or 'quadratic'"),
     ],
 )
 def test_bad_grids_are_refused_with_the_reason(arguments, options, error, says):

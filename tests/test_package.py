@@ -86,11 +86,12 @@ PUBLIC = {
     "digits digits_classifier digits_data",
     "fastdiff.schedules": "Custom EDM FlowMatching PREDICTIONS Schedule Traits VE VPCosine "
     "VPDiscrete VPLinear from_dict prediction_name",
-    "fastdiff.solvers": "Consistency DDIM DDPM DEIS DPMSolverMultistep DPMSolverSinglestep "
-    "DPMSolverV3 Embedded EmbeddedDPM EmbeddedRK Euler ExponentialHeun GradientEstimation Heun "
-    "IPNDM IPNDMV Info LCM LMS LogRhoDEIS ModelStatistics NStepStochastic PNDM Progressive "
-    "RESMultistep RESSinglestep Recurrence Restart Reversible RhoAB RhoRK Row Rows Solver "
-    "TABLEAUS TCD UniPC adaptive_info adaptive_names get info names plan",
+    "fastdiff.solvers": "AdamsBashforth AdamsMoulton Consistency DDIM DDPM DEIS "
+    "DPMSolverMultistep DPMSolverSinglestep DPMSolverV3 Embedded EmbeddedDPM EmbeddedRK Euler "
+    "ExponentialHeun GradientEstimation Heun IPNDM IPNDMV Info LCM LMS LogRhoDEIS "
+    "ModelStatistics NStepStochastic PNDM Progressive RESMultistep RESSinglestep Recurrence "
+    "Restart Reversible RhoAB RhoRK Row Rows Solver TABLEAUS TCD UniPC VelocityRK "
+    "adaptive_info adaptive_names get info names plan",
     "fastdiff.tune": "Statistics ems",
 }
 

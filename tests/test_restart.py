@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import restart as oracles
 from support.problems import two_blobs
-from support.solvers import SCHEDULES, VP, follow
+from support.solvers import SCHEDULES, VP, follow, perfect
 
 import fastdiff as fd
 from fastdiff.solvers.sde.restart import Returning
@@ -109,18 +109,9 @@ def test_self_recurrence_is_its_papers_loop(repeats):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_perfect_prediction_stays_on_the_marginal_up_and_down(name):
     schedule, prediction = SCHEDULES[name]
-
-    def network(stage, point):
-        u, w = schedule.components(prediction, stage.t)
-        noise = point / schedule.sigma(stage.t)
-        noise[0] = 0.0
-        out = w * noise
-        out[0] += u
-        return out
-
     for plan in plans(schedule, prediction):
         start = np.array([schedule.alpha(plan.times[0]), schedule.sigma(plan.times[0])])
-        states = follow(plan, start, network)
+        states = follow(plan, start, perfect(schedule, prediction))
         assert len(states) == plan.steps
         assert not plan.descends
         tolerance = 1e-11 * (1 + np.abs(start).sum())

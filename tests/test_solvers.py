@@ -93,6 +93,8 @@ def test_registry_names_are_the_field_names():
         "dpmpp-1", "dpmpp-2s", "dpmpp-3s", "dpmpp-2m", "dpmpp-3m",
         "res-2m", "res-3m", "res-2s", "res-3s", "exp-heun-2", "gradient-estimation",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
+        "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
+        "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
         "dpm-v3-1", "dpm-v3-2", "dpm-v3-3",
         "rex-1",
         "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",
@@ -124,6 +126,7 @@ def test_every_option_of_a_name_changes_something(name):
         "method": ["diffusers", "singlestep_fixed"], "skip_prk_steps": [True], "gamma": [0.7],
         "c2": [0.4], "c3": [0.9], "timestep_scaling": [1.0], "sigma_data": [2.0], "eps": [0.3],
         "variant": ["bh1", "vary_coeff"], "corrector": [False], "disable_corrector": [(0,)],
+        "mode": ["pece"],
         "inner": ["dpmpp-1"], "s_noise": [1.1], "length": [2], "repeats": [3],
         "restarts": [[(0.1, 0.5, 1, 2)]],
         "statistics": [SHARED], "degenerated": [True], "use_corrector": [False],
@@ -176,7 +179,7 @@ CLASSES = sorted({fd.solvers.info(name).make for name in SOLVERS}, key=lambda c:
 @pytest.mark.parametrize("make", CLASSES, ids=lambda make: make.__name__)
 def test_every_combination_of_options_has_a_name_that_exists(make):
     choices = {
-        "order": (1, 2, 3, 4), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
+        "order": (1, 2, 3, 4, 5), "form": ("auto", "epsilon", "x0"), "tableau": fd.solvers.TABLEAUS,
         "eta": (0.0, 1.0), "published": (False, True), "warmup": ("lower", "runge-kutta"),
         "solver_type": ("dpmsolver", "taylor"), "lower_order_final": (False, True, "auto"),
         "skip_prk_steps": (False, True), "gamma": (1.0, 2.0), "c2": (0.5, 1.0), "c3": (0.5, 1.0),

@@ -117,6 +117,8 @@ PROBLEMS: dict[str, Callable[[], Flow]] = {
     "digits": digits,
 }
 
+FLOWS: dict[str, Callable[[], Flow]] = {"flow": flow_network, "flow-mixture": flow_mixture}
+
 
 def gradients(flow: Flow, plan: fd.Plan, gradient: Any, **options: Any) -> dict[str, torch.Tensor]:
     """The library's gradients of the functional, with respect to x, z and the parameters."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -141,3 +142,52 @@ def settings(flow: Flow) -> dict[str, list[dict[str, Any]]]:
     for method, tolerances in adaptive.items():
         found[method] = [{"method": method, "rtol": tol, "atol": tol} for tol in tolerances]
     return found
+
+
+# -- states of flows in velocity -------------------------------------------------------------------
+
+STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+ADAMS = {
+    "explicit_adams": [{"max_order": order} for order in range(4, 13)],
+    "implicit_adams": [
+        {"max_order": order, "max_iters": count}
+        for order in (4, 5, 6, 8, 12)
+        for count in (1, 2, 4)
+    ],
+}
+
+
+class InTime(nn.Module):
+    """The velocity of a flow's network on torchdiffeq's clock, 0 at the noise, and its calls."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self._flow, self.calls = [flow], 0
+
+    def forward(self, clock: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        (flow,) = self._flow
+        return -flow.network(x, (1 - clock).expand(len(x)))
+
+
+def velocity_state(flow: Flow, method: str, steps: int, **options: Any) -> tuple[torch.Tensor, int]:
+    """Where equal steps of a method of fixed steps end, and the calls that they took.
+
+    Args:
+        flow: A network that predicts velocity, from t = 1 to t = 0.
+        method: A key of `STAGES` or `ADAMS`.
+        steps: Of the grid.
+        **options: The method's own.
+    """
+    import torchdiffeq
+
+    function = InTime(flow)
+    ends = torch.tensor([0.0, 1.0], dtype=flow.start.dtype)
+    grid = torch.linspace(0.0, 1.0, steps + 1, dtype=flow.start.dtype)
+    options = {"grid_constructor": lambda *_: grid, **options}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", "Functional iteration did not converge")
+        out = torchdiffeq.odeint(
+            function, flow.start, ends, rtol=1e-3, atol=1e-4, method=method, options=options
+        )
+    return out[-1], function.calls

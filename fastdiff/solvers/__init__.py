@@ -17,8 +17,10 @@ from .ode.lms import IPNDMV, LMS
 from .ode.pndm import PNDM
 from .ode.res import ExponentialHeun, RESMultistep, RESSinglestep
 from .ode.reversible import Reversible
-from .ode.runge_kutta import TABLEAUS, Euler, Heun, RhoRK
+from .ode.runge_kutta import Euler, Heun, RhoRK
+from .ode.tableaus import TABLEAUS
 from .ode.unipc import UniPC
+from .ode.velocity import AdamsBashforth, AdamsMoulton, VelocityRK
 from .registry import adaptive_info, adaptive_names, get, info, names, plan
 from .rows import Row, Rows
 from .sde.ddpm import DDPM
@@ -36,6 +38,8 @@ __all__ = [
     "PNDM",
     "TABLEAUS",
     "TCD",
+    "AdamsBashforth",
+    "AdamsMoulton",
     "Consistency",
     "DPMSolverMultistep",
     "DPMSolverSinglestep",
@@ -63,6 +67,7 @@ __all__ = [
     "Rows",
     "Solver",
     "UniPC",
+    "VelocityRK",
     "adaptive_info",
     "adaptive_names",
     "get",

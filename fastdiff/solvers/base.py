@@ -116,10 +116,11 @@ class Solver(abc.ABC):
 
     def _check_start(self, schedule: Schedule, times: Array, variable: str) -> None:
         if variable == "epsilon" and float(schedule.alpha(times[0])) == 0.0:
+            straight = ", euler or heun" if schedule.straight == "velocity" else ""
             raise ValueError(
                 f"{self.name}: the epsilon form divides by alpha, which is 0 at t_max = "
-                f"{times[0]:g} of {schedule}. Take t_max = {times[0] - 1e-3:g}, or a solver in "
-                "x0 form (ddim, dpmpp-...) or euler."
+                f"{times[0]:g} of {schedule}. Take a solver that starts there: ab-3, midpoint or "
+                f"rk4 (in velocity), or ddim, dpmpp-2m or dpmpp-3m (in x0){straight}."
             )
 
 

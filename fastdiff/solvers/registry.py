@@ -29,6 +29,7 @@ from .ode import (
     reversible,
     runge_kutta,
     unipc,
+    velocity,
 )
 from .sde import ddpm, restart
 
@@ -45,6 +46,7 @@ _FAMILIES = (
     res,
     gradient_estimation,
     unipc,
+    velocity,
     dpm_v3,
     reversible,
     distilled,

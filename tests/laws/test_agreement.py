@@ -36,6 +36,8 @@ PLAIN_START = [c for c in DETERMINISTIC if c.info.nfe_per_step == 1 and c.info.n
 @pytest.mark.parametrize("case", PLAIN_START, ids=str)
 def test_the_first_step_of_a_multistep_solver_is_ddims(case):
     plan = case.plan(VP, 6, grid="logsnr", prediction="v")
+    if plan.variable not in ("epsilon", "x0"):
+        pytest.skip("DDIM has no form in this variable")
     first = plan.stages[0]
     ddim = fd.plan(VP, fd.solvers.DDIM(form=plan.variable), 6, prediction="v").stages[0]
     # a predictor-corrector keeps x and predicts e

@@ -52,11 +52,50 @@ def test_a_grid_may_end_at_the_data(case, name):
     assert float((out - exact).abs().max()) < 0.05
 
 
-def test_flow_starts_at_pure_noise_where_it_can():
+FROM_NOISE = "ab-3 midpoint rk4 ddim dpmpp-2m dpmpp-3m"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "solvers"),
+    [
+        (fd.schedules.FlowMatching(), FROM_NOISE + " euler heun"),
+        (
+            fd.schedules.Custom(
+                lambda t: 1.0 - t**2,
+                lambda t: np.sqrt(t**2 * (2.0 - t**2)),
+                t_range=(0.0, 1.0),
+                grid_range=(0.01, 1.0),
+            ),
+            FROM_NOISE,
+        ),
+    ],
+    ids=["flow", "curved"],
+)
+def test_the_solvers_that_a_refusal_names_start_at_pure_noise(schedule, solvers):
+    for case in DETERMINISTIC:
+        try:
+            plan = case.plan(schedule, 6, prediction="velocity", grid="uniform")
+        except ValueError as error:
+            message = str(error)
+            assert message.startswith(f"{case.name}: the epsilon form divides by alpha")
+            # a start beside alpha = 0 runs and is wrong by more than the data's spread
+            assert "Take t_max" not in message
+            named = message.partition("starts there:")[2]
+            for solver in solvers.split():
+                assert solver in named
+                there = fd.plan(schedule, solver, 6, prediction="velocity", grid="uniform")
+                assert there.times[0] == 1.0
+            assert ("euler" in named) == ("euler" in solvers)
+        else:
+            assert plan.times[0] == 1.0
+    with pytest.raises(ValueError, match="the epsilon form divides by alpha"):
+        fd.plan(schedule, "deis-rk4", 6, prediction="velocity", grid="uniform")
+
+
+def test_a_grid_that_a_refusal_names_starts_at_pure_noise():
     flow = fd.schedules.FlowMatching()
-    for solver in ("ddim", "euler", "heun", "dpmpp-2m", "dpmpp-3m", "dpmpp-2s", "dpmpp-3s"):
-        plan = fd.plan(flow, solver, 6, prediction="velocity")
-        assert plan.times[0] == 1.0
-    for solver in ("deis-3", "dpm-2", "ipndm-4", "deis-rk4"):
-        with pytest.raises(ValueError, match=r"t_max = 0\.999"):
-            fd.plan(flow, solver, 6, prediction="velocity")
+    with pytest.raises(ValueError, match="Take grid='uniform' or 'quadratic'") as refused:
+        fd.plan(flow, "ab-3", 6, prediction="velocity", grid="logsnr")
+    assert "t_max = 1." in str(refused.value)
+    for grid in ("uniform", "quadratic"):
+        assert fd.plan(flow, "ab-3", 6, prediction="velocity", grid=grid).times[0] == 1.0

@@ -3,26 +3,9 @@
 
 import numpy as np
 import pytest
-from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, with_x0
+from support.solvers import CASES, SCHEDULES, STOCHASTIC, VP, follow, is_straight, perfect, with_x0
 
 import fastdiff as fd
-
-
-def perfect(schedule, prediction):
-    """A network that knows x0, and the noise of the point it is given.
-
-    Coordinates are (x0, eps, draws ..): the network's noise is the point's own, without its x0.
-    """
-
-    def network(stage, point):
-        u, w = schedule.components(prediction, stage.t)
-        noise = point / schedule.sigma(stage.t)
-        noise[0] = 0.0
-        out = w * noise
-        out[0] += u
-        return out
-
-    return network
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -30,6 +13,8 @@ def perfect(schedule, prediction):
 def test_perfect_prediction_stays_on_the_marginal(case, name):
     schedule, prediction = SCHEDULES[name]
     plan = with_x0(case).inside(schedule, prediction=prediction)
+    if not is_straight(plan):
+        pytest.skip("the velocity changes along the flow of a perfect prediction")
     start = np.array([schedule.alpha(plan.times[0]), schedule.sigma(plan.times[0])])
     states = follow(plan, start, perfect(schedule, prediction))
     # the last stage of a predictor-corrector corrects a state and goes on from it in one update

@@ -8,6 +8,7 @@ from support.problems import GAUSSIAN, T_MAX, T_MIN, VP
 from support.solvers import DETERMINISTIC, STOCHASTIC, follow
 
 import fastdiff as fd
+from fastdiff.solvers.ode.tableaus import ORDERS
 
 CONVERGENT = [case for case in DETERMINISTIC if case.info.measured_order is not None]
 CONVERGENT_IN_LAW = [case for case in STOCHASTIC if case.info.measured_order is not None]
@@ -37,8 +38,43 @@ def slope(solver, name, grid, steps=160):
 def test_registry_states_the_measured_order(case, name, grid):
     solver = fd.solvers.get(case.name, **full(case.name))
     order = case.info.measured_order
-    measured = slope(solver, name, grid, steps=160 if order < 5 else 320)
-    assert order - 0.25 <= measured <= order + 0.5
+    measured = slope(solver, name, grid, steps_of(case))
+    assert order - 0.25 <= measured <= order + allowance(case)
+
+
+def steps_of(case):
+    """Steps of the coarser run: above order 4 the leading error shows late, and rounding early."""
+    return 160 if case.info.measured_order < 5 else 320 // case.info.nfe_per_step
+
+
+def allowance(case):
+    """What a slope may have more than its order.
+
+    A tableau of six stages has leading errors so small that rounding hides them before the terms
+    of one order more have died out.
+    """
+    return 0.5 if case.info.nfe_per_step <= 4 else 1.5
+
+
+def in_velocity(case):
+    """Whether the solver combines velocities on a schedule whose straight variable they are."""
+    try:
+        plan = case.plan(problems.FLOW, 6, prediction="velocity")
+    except ValueError:  # it does not start at alpha = 0
+        return False
+    return plan.variable == "velocity"
+
+
+@pytest.mark.parametrize("case", [*filter(in_velocity, CONVERGENT)], ids=str)
+def test_solvers_in_velocity_have_their_order_from_noise_to_data(case):
+    network, x, exact = problems.flow_problem()
+    solver, errors = fd.solvers.get(case.name, **full(case.name)), []
+    for count in (steps_of(case), 2 * steps_of(case)):
+        plan = fd.plan(problems.FLOW, solver, count, prediction="velocity")
+        assert (plan.times[0], plan.times[-1]) == (1.0, 0.0)
+        errors.append(float((fd.sample(network, x, plan) - exact).norm()))
+    order = case.info.measured_order
+    assert 0.95 * order <= problems.slope(errors) <= order + allowance(case)
 
 
 def weak_error(case, variance, steps, grid):
@@ -67,25 +103,31 @@ def test_stochastic_solvers_have_their_order_in_distribution(case, grid):
 
 
 @pytest.mark.parametrize("tableau", fd.solvers.TABLEAUS)
-def test_tableau_satisfies_its_order_conditions(tableau):
+def test_tableau_satisfies_the_conditions_of_its_order_and_not_of_the_next(tableau):
     c, a, b = fd.solvers.TABLEAUS[tableau]
-    n = len(c)
-    matrix = np.zeros((n, n))
+    matrix = np.zeros((len(c), len(c)))
     for i, row in enumerate(a):
         matrix[i, : len(row)] = row
     c, b = np.array(c), np.array(b)
-    order = {"euler": 1, "heun": 2, "rk4": 4}.get(tableau, 3)
-    conditions = [(1, b.sum(), 1.0), (2, b @ c, 1 / 2), (3, b @ c**2, 1 / 3)]
-    conditions += [
-        (3, b @ matrix @ c, 1 / 6),
-        (4, b @ c**3, 1 / 4),
-        (4, (b * c) @ matrix @ c, 1 / 8),
-    ]
-    conditions += [(4, b @ matrix @ c**2, 1 / 12), (4, b @ matrix @ matrix @ c, 1 / 24)]
-    np.testing.assert_allclose(matrix.sum(1), c, atol=1e-15)
-    for needs, value, target in conditions:
-        if needs <= order:
-            assert value == pytest.approx(target, abs=1e-15)
+    np.testing.assert_allclose(matrix.sum(1), c, atol=1e-14)
+    ac, ac2, aac = matrix @ c, matrix @ c**2, matrix @ matrix @ c
+    conditions = {  # one for each rooted tree; Hairer, Norsett & Wanner, section II.2
+        1: [(b.sum(), 1)],
+        2: [(b @ c, 2)],
+        3: [(b @ c**2, 3), (b @ ac, 6)],
+        4: [(b @ c**3, 4), (b @ (c * ac), 8), (b @ ac2, 12), (b @ aac, 24)],
+        5: [
+            *((b @ c**4, 5), (b @ (c**2 * ac), 10), (b @ (c * ac2), 15), (b @ (c * aac), 30)),
+            *((b @ ac**2, 20), (b @ matrix @ c**3, 20), (b @ matrix @ (c * ac), 40)),
+            *((b @ matrix @ ac2, 60), (b @ matrix @ aac, 120)),
+        ],
+    }
+    reached = 0
+    for order, each in conditions.items():
+        if any(abs(value - 1 / inverse) > 1e-14 for value, inverse in each):
+            break
+        reached = order
+    assert reached == ORDERS[tableau]
 
 
 @pytest.mark.parametrize("solver", ["dpm-3m", "dpmpp-3m"])

@@ -9,6 +9,7 @@ import torch
 import fastdiff as fd
 
 VP = fd.schedules.VPLinear()
+FLOW = fd.schedules.FlowMatching()
 T_MAX, T_MIN = 0.8, 0.05
 # Several variances, because the leading error of one scalar problem may change sign.
 GAUSSIAN = np.array([0.4, 0.5, 0.6, 0.7])
@@ -26,7 +27,16 @@ def problem(name):
         scale = [np.hypot(np.sqrt(GAUSSIAN) * VP.alpha(t), VP.sigma(t)) for t in (T_MAX, T_MIN)]
         return model.network(VP), x, x * torch.from_numpy(scale[1] / scale[0])
     network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(VP)
-    fine = fd.plan(VP, "deis-rk4", 1500, grid="logsnr", t_max=T_MAX, t_min=T_MIN)
+    fine = fd.plan(VP, "dopri5", 800, grid="logsnr", t_max=T_MAX, t_min=T_MIN)
+    return network, x, fd.sample(network, x, fine)
+
+
+@functools.cache
+def flow_problem():
+    """(network, x at t = 1, exact x at t = 0) of the mixture's flow on FlowMatching."""
+    x = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    network = fd.models.GaussianMixture(WEIGHTS, MEANS, VARIANCES).network(FLOW, "velocity")
+    fine = fd.plan(FLOW, "dopri5", 800, prediction="velocity")
     return network, x, fd.sample(network, x, fine)
 
 

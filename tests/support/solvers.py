@@ -116,6 +116,36 @@ def follow(plan, start, network):
     return states
 
 
+def perfect(schedule, prediction):
+    """A network that knows x0, and the noise of the point it is given.
+
+    Coordinates are (x0, eps, draws ..): the network's noise is the point's own, without its x0.
+    """
+
+    noise = np.empty(0)
+
+    def network(stage, point):
+        nonlocal noise
+        u, w = schedule.components(prediction, stage.t)
+        if schedule.sigma(stage.t):  # at the data the noise is that of the point before
+            noise = point / schedule.sigma(stage.t)
+            noise[0] = 0.0
+        out = w * noise
+        out[0] += u
+        return out
+
+    return network
+
+
+def is_straight(plan):
+    """Whether what the rows combine stays the same along the flow of one x0 and one noise.
+
+    Where it does not (the velocity of a curved schedule), no finite sum of its values is exact.
+    """
+    within = np.linspace(plan.times[0], plan.times[-1], 50)
+    return max(map(np.ptp, plan.schedule.components(plan.variable, within))) < 1e-12
+
+
 def redefined(made):
     """Names of what a class of the library defines although a base defines it already."""
     ours = [c for c in made.__mro__ if c.__module__.startswith("fastdiff.")]

@@ -13,24 +13,9 @@ from ..base import Solver, choice
 from ..entry import Info
 from ..exponential import rho_gap
 from ..rows import Row, Rows
+from .tableaus import ORDERS, TABLEAUS
 
-Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
-
-# name -> (c, rows of A below the diagonal, b); Butcher's notation.
-TABLEAUS: dict[str, Tableau] = {
-    "euler": ((0.0,), ((),), (1.0,)),
-    "heun": ((0.0, 1.0), ((), (1.0,)), (1 / 2, 1 / 2)),
-    "kutta3": ((0.0, 1 / 2, 1.0), ((), (1 / 2,), (-1.0, 2.0)), (1 / 6, 2 / 3, 1 / 6)),
-    "heun3": ((0.0, 1 / 3, 2 / 3), ((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4)),
-    "ralston3": ((0.0, 1 / 2, 3 / 4), ((), (1 / 2,), (0.0, 3 / 4)), (2 / 9, 1 / 3, 4 / 9)),
-    "vdh3": ((0.0, 8 / 15, 2 / 3), ((), (8 / 15,), (1 / 4, 5 / 12)), (1 / 4, 0.0, 3 / 4)),
-    "ssprk3": ((0.0, 1.0, 1 / 2), ((), (1.0,), (1 / 4, 1 / 4)), (1 / 6, 1 / 6, 2 / 3)),
-    "rk4": (
-        (0.0, 1 / 2, 1 / 2, 1.0),
-        ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)),
-        (1 / 6, 1 / 3, 1 / 3, 1 / 6),
-    ),
-}
+RHO = ("euler", "heun", "kutta3", "heun3", "ralston3", "vdh3", "ssprk3", "rk4")  # of `RhoRK`
 
 
 def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
@@ -39,13 +24,17 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
     With variable "epsilon": v = x/alpha moves by d v = epsilon d rho, stages at
     rho_s + c (rho_t - rho_s). With "x0": v = x/sigma moves by d v = x0 d(1/rho), stages likewise.
     With "velocity": x itself moves by d x = velocity d t.
-    A step to sigma = 0 is Euler's, whatever the tableau (a stage at c = 1 would ask the network
-    for a noise that is not there).
+
+    A step to sigma = 0 is Euler's in "epsilon" and "x0", whatever the tableau (a stage at c = 1
+    would ask the network for a noise that is not there). In "velocity" it is the tableau's own
+    where the network tells the velocity at sigma = 0; see `closing`.
     """
     schedule = rows.schedule
     straight, of_x0 = rows.variable == "velocity", rows.variable == "x0"
     if float(schedule.sigma(t)) == 0.0:
-        tableau = "euler"
+        if straight and not bounded(schedule, t):
+            return jump(rows, s, t, Row())
+        tableau = closing(rows, tableau, t) if straight else "euler"
     c, a, b = TABLEAUS[tableau]
     if straight:
         start, length = s, t - s
@@ -80,6 +69,50 @@ def runge_kutta_step(rows: Rows, tableau: str, s: float, t: float) -> int:
     return first
 
 
+def bounded(schedule: Schedule, t: float) -> bool:
+    """Whether dx/dt is finite at t, along paths of finite x0 and noise."""
+    return bool(np.isfinite(schedule.alpha_dot(t)) and np.isfinite(schedule.sigma_dot(t)))
+
+
+def tells(rows: Rows, t: float) -> bool:
+    """Whether the network is asked for the velocity at t, a time with sigma = 0.
+
+    It is on a schedule whose straight variable is the velocity, because its networks are trained
+    down to there, if the velocity follows from what it predicts.
+    """
+    try:
+        rows.schedule.conversion(rows.prediction, "velocity", t)
+    except ValueError:
+        return False
+    return rows.schedule.straight == "velocity"
+
+
+def closing(rows: Rows, tableau: str, t: float) -> str:
+    """The tableau of a step in velocity that ends at sigma = 0.
+
+    It is the one asked for, where that has no stage at the end or the network tells the velocity
+    there. Elsewhere it is one without such a stage, of an order that keeps the order of a run up to
+    4: one step may be of one order less.
+    """
+    if 1.0 not in TABLEAUS[tableau][0] or tells(rows, t):
+        return tableau
+    return "midpoint" if ORDERS[tableau] == 2 else "heun3"
+
+
+def jump(rows: Rows, s: float, t: float, state: Row) -> int:
+    """Writes x' = alpha_t x0, a step in velocity to sigma = 0; returns the evaluation at s.
+
+    Args:
+        rows, s, t: The rows, and the ends of the step.
+        state: What makes the state at s of the register x and the outputs.
+    """
+    p, q = rows.schedule.conversion("velocity", "x0", s)
+    alpha = float(rows.schedule.alpha(t))
+    outputs = {k: alpha * p * w for k, w in state.outputs.items()}
+    outputs[rows.current] = outputs.get(rows.current, 0.0) + alpha * q
+    return rows.add(s, x=Row(x=alpha * p * state.x, outputs=outputs))
+
+
 def write_runge_kutta(rows: Rows, tableau: str, times: Array) -> None:
     """Writes a run through `times` with this tableau."""
     for s, t in itertools.pairwise(times):
@@ -95,8 +128,7 @@ class RhoRK(Solver):
     schedule is EDM's sampler.
 
     Args:
-        tableau: A name in `TABLEAUS`: "euler", "heun", "kutta3", "heun3", "ralston3", "vdh3",
-            "ssprk3", "rk4".
+        tableau: "euler", "heun", "kutta3", "heun3", "ralston3", "vdh3", "ssprk3" or "rk4".
 
     Source: Zhang & Chen, "DEIS", arXiv:2204.13902, section 3.3.
     """
@@ -104,7 +136,7 @@ class RhoRK(Solver):
     tableau: str = "heun"
 
     def __post_init__(self) -> None:
-        choice(self.name, "tableau", self.tableau, tuple(TABLEAUS))
+        choice(self.name, "tableau", self.tableau, RHO)
 
     @property
     def name(self) -> str:
@@ -119,11 +151,12 @@ class RhoRK(Solver):
 
 @dataclass(frozen=True)
 class Heun(Solver):
-    """Heun in the schedule's own straight variable, the last step to sigma = 0 by Euler.
+    """Heun in the schedule's own straight variable.
 
-    On EDM and VP schedules d(x/alpha)/d(sigma/alpha) = epsilon (there it is rhoRK-Heun); on
-    FlowMatching dx/dt = velocity. Order 2, two evaluations a step, 2 steps - 1 when the grid ends
-    at sigma = 0.
+    On EDM and VP schedules d(x/alpha)/d(sigma/alpha) = epsilon (there it is rhoRK-Heun), and a step
+    to sigma = 0 is Euler's: 2 steps - 1 evaluations. On FlowMatching dx/dt = velocity, and the last
+    step is Heun's too; where the network predicts x0, from which no velocity follows at t = 0, it
+    is the midpoint's. Order 2, two evaluations a step.
 
     Source: Karras et al., "Elucidating the Design Space", arXiv:2206.00364, Algorithm 1.
     """
@@ -161,7 +194,6 @@ class Euler(Solver):
 
 
 _EDM = "Karras et al., arXiv:2206.00364"
-_ORDERS = {"euler": 1, "heun": 2, "rk4": 4}  # the others are of order 3
 
 SOLVERS = (
     Info(
@@ -188,18 +220,19 @@ SOLVERS = (
         summary="Heun in the schedule's straight variable",
         source=_EDM,
         aliases={"sample_heun": {}, "HeunDiscreteScheduler": {}},
+        quirks="FlowMatchHeunDiscreteScheduler ends a flow with a step of Euler's",
     ),
     *(
         Info(
             f"deis-{tableau}",
             RhoRK,
-            measured_order=_ORDERS.get(tableau, 3),
-            nfe_per_step=len(nodes),
+            measured_order=ORDERS[tableau],
+            nfe_per_step=len(TABLEAUS[tableau][0]),
             summary="Runge-Kutta in rho",
             source="Zhang & Chen, arXiv:2204.13902",
             fixed={"tableau": tableau},
             same={"euler": "ddim", "heun": "heun"}.get(tableau, ""),
         )
-        for tableau, (nodes, _, _) in TABLEAUS.items()
+        for tableau in RHO
     ),
 )
