@@ -94,7 +94,7 @@ def test_registry_names_are_the_field_names():
         "res-2m", "res-3m", "res-2s", "res-3s", "exp-heun-2", "gradient-estimation",
         "unipc-1", "unipc-2", "unipc-3", "unipc-4",
         "midpoint", "heun3", "bosh3", "rk4", "rk4-38", "dopri5",
-        "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
+        "ab-1", "ab-2", "ab-3", "ab-4", "abm-2", "abm-3", "abm-4", "abm-5",
         "dpm-v3-1", "dpm-v3-2", "dpm-v3-3",
         "rex-1",
         "lcm", "tcd", "nstep-stochastic", "consistency", "progressive", "restart", "recurrence",

@@ -21,6 +21,7 @@ from ..base import Solver, choice, enough_steps
 from ..entry import Info
 from ..exponential import lagrange
 from ..rows import Row, Rows
+from .multistep import fixed_options
 from .runge_kutta import bounded, jump, runge_kutta_step, tells, write_runge_kutta
 from .tableaus import ORDERS, TABLEAUS
 
@@ -100,9 +101,9 @@ class AdamsMethod(InVelocity):
     def warmup(self) -> str:
         """How a run begins."""
 
-    def check_adams(self, most: int, warmups: tuple[str, ...]) -> None:
-        """Raises where an option has a value it cannot have, such as an order above `most`."""
-        choice(self.name, "order", self.order, tuple(range(2, most + 1)))
+    def check_adams(self, orders: Sequence[int], warmups: tuple[str, ...]) -> None:
+        """Raises where an option has a value it cannot have, such as none of these orders."""
+        choice(self.name, "order", self.order, tuple(orders))
         choice(self.name, "lower_order_final", self.lower_order_final, (False, True))
         choice(self.name, "warmup", self.warmup, warmups)
 
@@ -127,10 +128,11 @@ class AdamsBashforth(AdamsMethod):
 
     where L_j are the Lagrange polynomials through the last `order` evaluations. The integrals are
     exact. Order `order` with the runge-kutta warm-up, at most 2 without. On a uniform grid the
-    weights are the well-known ones; on an EDM schedule it is deis-rhoab.
+    weights are the well-known ones; on an EDM schedule it is deis-rhoab. Order 1 is Euler's step in
+    t on every schedule, which on a curved one is not that of "euler".
 
     Args:
-        order: Velocities combined by a full step, 2 to 4.
+        order: Velocities combined by a full step, 1 to 4.
         lower_order_final: True lowers the last steps to order .. 2, 1.
         warmup: "lower" (steps 1, 2, .. of order 1, 2, ..; no extra evaluations) or "runge-kutta"
             (the first order - 1 steps by a Runge-Kutta method; full order).
@@ -143,7 +145,7 @@ class AdamsBashforth(AdamsMethod):
     warmup: str = field(default="lower", kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check_adams(4, ("lower", "runge-kutta"))
+        self.check_adams(range(1, 5), ("lower", "runge-kutta"))
 
     @property
     def name(self) -> str:
@@ -218,7 +220,7 @@ class AdamsMoulton(AdamsMethod):
     warmup: str = field(default="auto", kw_only=True)
 
     def __post_init__(self) -> None:
-        self.check_adams(5, ("auto", "lower", "first", "runge-kutta"))
+        self.check_adams(range(2, 6), ("auto", "lower", "first", "runge-kutta"))
         choice(self.name, "mode", self.mode, ("pec", "pece"))
 
     @property
@@ -284,11 +286,11 @@ SOLVERS = (
             nfe_per_step=1,
             summary="Adams-Bashforth in velocity",
             source=_LIPMAN,
-            fixed={"order": order},
+            fixed=fixed_options(order, lower_order_final=False, warmup="lower"),
             least_steps=order,
-            quirks=_THEIR_ADAMS,
+            quirks=_THEIR_ADAMS if order > 1 else "",
         )
-        for order in (2, 3, 4)
+        for order in (1, 2, 3, 4)
     ),
     *(
         Info(
