@@ -61,6 +61,12 @@ class Returning(Solver):
                 f"{self.name}: inner is a solver whose times fall; got {self.inner.name!r}. Give "
                 "its own inner solver."
             )
+        if getattr(self.inner, "statistics", None) is not None:
+            raise ValueError(
+                f"{self.name}: inner is a solver without statistics of a network, since the "
+                "tensors that they make belong to one falling run; got "
+                f"{self.inner.name!r}. Leave statistics out."
+            )
         if not 0.0 < real(self.name, "s_noise", self.s_noise) < math.inf:
             raise ValueError(f"{self.name}: s_noise is positive; got {self.s_noise!r}.")
 
