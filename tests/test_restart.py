@@ -331,6 +331,7 @@ def restart(*restarts, **options):
         (lambda: restart((1e-4, 0.5, 1, 2)), ValueError, "within the grid"),
         (lambda: restart((0.4, 0.45, 1, 2), grid=[1, 0.8, 0.6, 0.5, 0.1, 0.05, 0.01]), ValueError,
          "nearest time is 0.5"),
+        (lambda: restart((0.1, 0.2, 10**5, 20)), ValueError, "at most 1000000 steps.*got 2000006"),
         (lambda: restart(inner="hein"), ValueError, "unknown solver"),
         (lambda: restart(inner=fd.solvers.get("dpm-v3-2", statistics=SHARED)), ValueError,
          "without statistics of a network.*got 'dpm-v3-2"),

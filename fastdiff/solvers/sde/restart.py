@@ -86,6 +86,12 @@ class Returning(Solver):
         """Writes the stretches; the last interval of the last one may be a jump."""
         accepted: list[Array] = []
         steps, stretches = rows.steps, self.stretches(rows.schedule, times)
+        total = sum(len(stretch) - 1 for stretch in stretches)
+        if total > grids.MAX_STEPS:
+            raise ValueError(
+                f"{self.name}: a plan has at most {grids.MAX_STEPS} steps, with those made again; "
+                f"got {total}. Go back less often, or by fewer steps."
+            )
         for i, stretch in enumerate(stretches):
             if accepted:
                 low, high = float(accepted[-1][-1]), float(stretch[0])
