@@ -344,7 +344,8 @@ def _parameter(grid: str, name: str, value: float) -> None:
 def _whole(grid: str, name: str, value: float, least: int, most: int) -> int:
     if not (least <= value <= most and value == int(value)):
         raise ValueError(
-            f"grid: {grid}'s {name} lies between steps = {least} and {most}, whole; got {value:g}."
+            f"grid: {grid}'s {name} lies between steps = {least} and {most}, whole; got {value:g}. "
+            f"Take no more steps than that, or {grid}({least}) where the network knows its times."
         )
     return int(value)
 

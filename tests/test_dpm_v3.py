@@ -237,6 +237,23 @@ def test_a_plan_with_a_bank_compiles():
     torch.testing.assert_close(compiled(START), run(START), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("published_too", [False, True])
+@pytest.mark.parametrize(("order", "steps"), [(1, 1), (1, 2), (3, 4), (3, 7)])
+def test_a_jump_reads_no_statistics_and_starts_where_the_steps_end(order, steps, published_too):
+    statistics, options = published(), {"grid": "uniform", "published": published_too}
+    name, options = f"dpm-v3-{order}", options | {"statistics": statistics}
+    plan = fd.plan(VP, name, steps, jump=True, **options)
+    assert plan.stages[-1].t == plan.times[-2]
+    x = START
+    if steps > 1:
+        before = fd.plan(VP, name, steps - 1, **options | {"grid": plan.times[:-1]})
+        x = sampled(before, statistics)
+    t = torch.full((len(x),), plan.times[-2], dtype=torch.float64)
+    alpha, sigma = float(VP.alpha(plan.times[-2])), float(VP.sigma(plan.times[-2]))
+    wanted = (x - sigma * MIXTURE.network(VP)(x, t)) / alpha
+    torch.testing.assert_close(sampled(plan, statistics), wanted, rtol=1e-9, atol=1e-9)
+
+
 # -- files and refusals ----------------------------------------------------------------------------
 
 

@@ -239,6 +239,7 @@ def test_gradient_estimation_is_adams_bashforth_where_its_order_is_two():
         ("res-3s", {"c3": 1.5}, r"c3 lies in \(0, 1\]"),
         ("res-3s", {"c2": 2 / 3}, "no solution; got c2 = 0.666"),
         ("res-3s", {"c2": 0.5, "c3": 0.5}, "c2 differs from c3"),
+        ("res-3s", {"c2": 0.5, "c3": 0.5 + 1e-9}, "c2 differs from c3"),
         ("pndm", {"skip_prk_steps": 1}, "skip_prk_steps is one of False, True"),
         ("plms", {"published": True}, "no option 'published'"),
         ("lms-4", {"lower_order_final": "auto"}, "one of False, True, 'zero'"),

@@ -173,3 +173,21 @@ def test_a_plan_ends_where_ipndm_scheduler_ends():
     plan = fd.plan(schedule, "IPNDMScheduler", 12, grid=times, prediction="v")
     theirs = follow(scheduler, network, X)
     np.testing.assert_allclose(fd.sample(network, X, plan), theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize("name", ["KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler"])
+def test_a_plan_ends_where_singlestep_schedulers_end(name, steps):
+    made = {"timestep_spacing": "trailing"} if name.startswith("K") else {}
+    scheduler = getattr(diffusers, name)(1000, **SD, **made)
+    scheduler.set_timesteps(steps)
+    told = scheduler.timesteps.double().numpy()
+    times = [*((told[::2] if made else told) + 1) / 1000, 0.0]
+    network = MIXTURE.network(SCHEDULE)
+    plan = fd.plan(SCHEDULE, name, steps, grid=times)
+    x = X / float(SCHEDULE.alpha(times[0])) if made else X
+    theirs = follow(scheduler, lambda x, t: network(x.double(), t), x)
+    assert plan.nfe == len(told)
+    np.testing.assert_allclose([stage.model_time for stage in plan.stages], told, atol=1e-3)
+    # their tables are float32
+    np.testing.assert_allclose(fd.sample(network, X, plan), theirs, rtol=0, atol=1e-5)

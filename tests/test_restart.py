@@ -25,6 +25,7 @@ IMAGENET = [
     (0.06, 0.30, 6, 5),
 ]
 TWICE = [(0.1, 0.6, 2, 3), (0.05, 0.2, 1, 2)]  # in the times of VP schedules and flows
+SHARED = fd.tune.Statistics(VP, [0.9, 0.1], [0.5, -0.5], [0.2, 0.1], [-5.1, 4.6])
 INNER = ["heun", "ddim", "dpmpp-2m", "deis-3", "dpmpp-3s", "ddpm", "rex-1"]
 
 
@@ -330,7 +331,10 @@ def restart(*restarts, **options):
         (lambda: restart((1e-4, 0.5, 1, 2)), ValueError, "within the grid"),
         (lambda: restart((0.4, 0.45, 1, 2), grid=[1, 0.8, 0.6, 0.5, 0.1, 0.05, 0.01]), ValueError,
          "nearest time is 0.5"),
+        (lambda: restart((0.1, 0.2, 10**5, 20)), ValueError, "at most 1000000 steps.*got 2000006"),
         (lambda: restart(inner="hein"), ValueError, "unknown solver"),
+        (lambda: restart(inner=fd.solvers.get("dpm-v3-2", statistics=SHARED)), ValueError,
+         "without statistics of a network.*got 'dpm-v3-2"),
         (lambda: fd.solvers.Restart(inner="heun"), TypeError, "inner is a fastdiff.solvers.Solver"),
         (lambda: restart(inner="restart"), ValueError, "inner is a solver whose times fall"),
         (lambda: restart(s_noise=0.0), ValueError, "s_noise is positive"),

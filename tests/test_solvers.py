@@ -202,6 +202,7 @@ def test_what_a_class_defines_is_not_defined_again_below_it(make):
         ("DPMSolverMultistepScheduler", "dpmpp-2m", {"lower_order_final": True}),
         ("dpm_2", "dpm-2", {}),
         ("sample_dpm_2", "dpm-2", {}),
+        ("KDPM2DiscreteScheduler", "dpm-2", {}),
         ("sample_heun", "heun", {}),
         ("HeunDiscreteScheduler", "heun", {}),
         ("sample_euler", "euler", {}),
@@ -237,7 +238,7 @@ def test_names_of_other_libraries_are_accepted(alias, name, options):
 
 def test_no_two_solvers_share_a_name_or_an_alias():
     known = [*SOLVERS, *(a for name in SOLVERS for a in fd.solvers.info(name).aliases)]
-    assert len(known) == len(set(known)) == len(SOLVERS) + 30
+    assert len(known) == len(set(known)) == len(SOLVERS) + 32
 
 
 @pytest.mark.parametrize("name", [n for n in SOLVERS if "clip" in fd.solvers.info(n).options])

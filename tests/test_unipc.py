@@ -194,7 +194,7 @@ def test_diffusers_is_not_finite_where_the_grid_ends_at_the_data(options):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"disable_corrector": (7,)}, ValueError, "steps 0 to 6 of 8 are corrected, the last one"),
+        ({"disable_corrector": (7,)}, ValueError, "steps 0 to 6 of 8 are corrected, since"),
         ({"disable_corrector": (-1,)}, ValueError, "the last one never is"),
         ({"disable_corrector": 3}, TypeError, "a sequence of steps, counted from 0; got 3"),
         ({"disable_corrector": (0.5,)}, TypeError, "a sequence of steps"),
@@ -212,3 +212,8 @@ def test_what_unipc_cannot_do_is_refused(options, error, says):
 def test_an_order_above_the_steps_is_refused():
     with pytest.raises(ValueError, match=r"unipc-4: .* needs at least as many steps"):
         fd.plan(VP, "unipc-4", 3)
+
+
+def test_one_step_has_no_corrector_to_leave_out():
+    with pytest.raises(ValueError, match=r"unipc-1: no step is corrected, .* and steps = 1\."):
+        fd.plan(VP, "unipc-1", 1, disable_corrector=(0,))

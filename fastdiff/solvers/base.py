@@ -59,7 +59,8 @@ class Solver(abc.ABC):
                 raise TooFewSteps(
                     f"{error} (With jump=True one of the steps is the jump itself.)"
                 ) from None
-        if rows.times is not None:
+        if rows.times is not None:  # the solver has moved the times
+            start = float(rows.times[-1])
             rows.times = np.append(rows.times, times[-1])
         p, q = rows.schedule.conversion(rows.variable, "x0", start)
         rows.add(start, x=Row(x=p, outputs={rows.current: q}))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...plans import Plan
+from ...plans import Plan, Product, Stage
 from ...schedules import Array, Schedule
 from ..base import Solver, choice, enough_steps
 from ..entry import Info
@@ -175,15 +175,24 @@ def bank_of(plan: Plan, statistics: ModelStatistics) -> list[Array]:
         options[option] = values.get(value, value)
     solver = DPMSolverV3(**options)
     assert plan.schedule is not None
-    rows = Rows(plan.schedule, plan.prediction, plan.variable, plan.steps)
-    bank = solver.written(rows, np.array(plan.times))
-    same = [(s.t, s.products, len(s.r), len(s.s)) for s in plan.stages]
-    if same != [(s.t, s.products, len(s.r), len(s.s)) for s in rows.stages]:
-        raise ValueError(
-            f"statistics: the rows are those that {solver.name} writes; got a plan whose rows were "
-            "changed. Give its extras as tensors of your own."
-        )
-    return bank
+    made = [_reads(stage) for stage in plan.stages]
+    for jumps in (True, False):  # a jump is one more row, which reads nothing
+        times = np.array(plan.times[:-1] if jumps else plan.times)
+        if jumps and 1 < len(times) <= solver.order:
+            continue
+        rows = Rows(plan.schedule, plan.prediction, plan.variable, len(times) - 1)
+        bank = solver.written(rows, times) if len(times) > 1 else []
+        if made == [*map(_reads, rows.stages), *[(times[-1], (), 0, 0)] * jumps]:
+            return bank
+    raise ValueError(
+        f"statistics: the rows are those that {solver.name} writes; got a plan whose rows were "
+        "changed. Give its extras as tensors of your own."
+    )
+
+
+def _reads(stage: Stage) -> tuple[float, tuple[Product, ...], int, int]:
+    """What a stage reads of the bank, and where it is evaluated."""
+    return stage.t, stage.products, len(stage.r), len(stage.s)
 
 
 class _Steps:

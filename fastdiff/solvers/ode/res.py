@@ -108,7 +108,7 @@ class RESSinglestep(X0Limits):
         for option, value in (("c2", self.c2), ("c3", self.c3)):
             if not 0.0 < real(self.name, option, value) <= 1.0:
                 raise ValueError(f"{self.name}: {option} lies in (0, 1]; got {value!r}.")
-        if self.order == 3 and (self.c2 == self.c3 or abs(self.c2 - 2 / 3) < 1e-6):
+        if self.order == 3 and min(abs(self.c2 - c) for c in (self.c3, 2 / 3)) < 1e-6:
             raise ValueError(
                 f"{self.name}: c2 differs from c3 and from 2/3, where the third-order condition "
                 f"has no solution; got c2 = {self.c2!r}, c3 = {self.c3!r}. Take c2 = 0.5, c3 = 1."

@@ -144,9 +144,11 @@ class UniPC(X0Limits):
     def _check_corrected(self, steps: int) -> None:
         for k in self.disable_corrector:
             if not 0 <= k < steps - 1:
+                known = f"steps 0 to {steps - 2} of {steps} are" if steps > 1 else "no step is"
                 raise ValueError(
-                    f"{self.name}: steps 0 to {steps - 2} of {steps} are corrected, the last one "
-                    f"never is; got disable_corrector={self.disable_corrector}. Leave {k} out."
+                    f"{self.name}: {known} corrected, since the last one never is; got "
+                    f"disable_corrector={self.disable_corrector} and steps = {steps}. "
+                    f"Leave {k} out."
                 )
 
     def _corrects(self, i: int, times: Array, finite: Any) -> bool:

@@ -61,6 +61,12 @@ class Returning(Solver):
                 f"{self.name}: inner is a solver whose times fall; got {self.inner.name!r}. Give "
                 "its own inner solver."
             )
+        if getattr(self.inner, "statistics", None) is not None:
+            raise ValueError(
+                f"{self.name}: inner is a solver without statistics of a network, since the "
+                "tensors that they make belong to one falling run; got "
+                f"{self.inner.name!r}. Leave statistics out."
+            )
         if not 0.0 < real(self.name, "s_noise", self.s_noise) < math.inf:
             raise ValueError(f"{self.name}: s_noise is positive; got {self.s_noise!r}.")
 
@@ -80,6 +86,12 @@ class Returning(Solver):
         """Writes the stretches; the last interval of the last one may be a jump."""
         accepted: list[Array] = []
         steps, stretches = rows.steps, self.stretches(rows.schedule, times)
+        total = sum(len(stretch) - 1 for stretch in stretches)
+        if total > grids.MAX_STEPS:
+            raise ValueError(
+                f"{self.name}: a plan has at most {grids.MAX_STEPS} steps, with those made again; "
+                f"got {total}. Go back less often, or by fewer steps."
+            )
         for i, stretch in enumerate(stretches):
             if accepted:
                 low, high = float(accepted[-1][-1]), float(stretch[0])
