@@ -229,7 +229,7 @@ _BUDGETS = {
     3: _BUDGET + "; in diffusers the second inner node follows solver_type as well",
 }
 _ALIASES: dict[int, dict[str, dict[str, Any]]] = {
-    2: {"dpm_2": {}, "sample_dpm_2": {}},
+    2: {"dpm_2": {}, "sample_dpm_2": {}, "KDPM2DiscreteScheduler": {}},
     # on the grid "logsnr"
     3: {"dpm_fast": {"published": True}, "sample_dpm_fast": {"published": True}},
 }
@@ -270,6 +270,10 @@ SOLVERS = (
             summary="singlestep on x0",
             source=DPMPP,
             fixed={"order": order, "form": "x0"},
+            # with its defaults, which end at sigma = 0
+            aliases={"DPMSolverSinglestepScheduler": {"published": True, "method": "diffusers"}}
+            if order == 2
+            else {},
             quirks=_BUDGETS[order],
         )
         for order in (2, 3)
