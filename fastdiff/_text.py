@@ -20,7 +20,9 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} with an integer too long to print"
 
 
-def unknown(who: str, kind: str, got: object, names: Iterable[str]) -> ValueError:
+def unknown(
+    who: str, kind: str, got: object, names: Iterable[str], listing: str = ""
+) -> ValueError:
     """The error for a name that does not exist, with the nearest that do.
 
     Args:
@@ -28,6 +30,7 @@ def unknown(who: str, kind: str, got: object, names: Iterable[str]) -> ValueErro
         kind: What the name names ("solver", "grid").
         got: What was given.
         names: Names that exist.
+        listing: A sentence that says where they are listed, if they are too many for a message.
 
     Returns:
         The exception to raise.
@@ -35,5 +38,8 @@ def unknown(who: str, kind: str, got: object, names: Iterable[str]) -> ValueErro
     known = sorted(names)
     word = got if isinstance(got, str) else shown(got)
     near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    plain = word.lower().replace("_", "-")
+    near = [plain] if plain in known else near
     hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-    return ValueError(f"{who}: unknown {kind} {shown(got)}. {hint}There are: {', '.join(known)}.")
+    listing = listing or f"There are: {', '.join(known)}."
+    return ValueError(f"{who}: unknown {kind} {shown(got)}. {hint}{listing}")

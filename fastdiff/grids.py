@@ -286,7 +286,8 @@ def as_times(grid: Any) -> Array:
     if hasattr(grid, "detach"):  # a tensor, on any device
         grid = grid.detach().cpu().numpy()
     try:
-        times = np.array(grid, dtype=np.float64)
+        text = np.array(grid).dtype.kind in "SU"  # numpy would read numbers out of it
+        times = np.empty(()) if text else np.array(grid, dtype=np.float64)
     except OverflowError:
         raise ValueError(
             "grid: times are finite; got an integer that float64 cannot hold."
@@ -345,7 +346,7 @@ def _whole(grid: str, name: str, value: float, least: int, most: int) -> int:
     if not (least <= value <= most and value == int(value)):
         raise ValueError(
             f"grid: {grid}'s {name} lies between steps = {least} and {most}, whole; got {value:g}. "
-            f"Take no more steps than that, or {grid}({least}) where the network knows its times."
+            f"Take fewer steps, or give grid='{grid}({least})' or more."
         )
     return int(value)
 

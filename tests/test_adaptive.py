@@ -331,6 +331,11 @@ REFUSED = {
     "gradient": ({"gradient": "discrete"}, NotImplementedError, "takes gradient='discrete'"),
     "name": ({"solver": "bosh33"}, ValueError, "Did you mean 'bosh3'"),
     "kind": ({"solver": 3}, TypeError, "adaptive_names"),
+    "plan": (
+        {"schedule": fd.plan(VP, "ddim", 4)},
+        TypeError,
+        r"fastdiff\.schedules\.Schedule; got Plan\. It takes no plan",
+    ),
     "option": ({"eta": 1.0}, TypeError, "no option 'eta'"),
     "form": ({"form": "score"}, ValueError, "form is one of 'v', 'epsilon', 'velocity'"),
     "rtol": ({"rtol": -1.0}, ValueError, "rtol is finite and not negative"),

@@ -294,10 +294,16 @@ def test_a_stream_that_is_no_integer_is_refused(stream):
         fd.noise.normal((2, 3), 0, stream)
 
 
-@pytest.mark.parametrize("grid", [5, [1.0, "a"], object()])
+@pytest.mark.parametrize("grid", [5, [1.0, "a"], ["1", ".5"], [1.0, ".5"], object()])
 def test_the_times_of_an_adjoint_are_numbers(grid):
     with refused("grid: a name or a sequence of times"):
         fd.AdjointDEIS(grid=grid)
+
+
+@pytest.mark.parametrize("clip", ["1", ("-1", "1"), (-1.0, "1")])
+def test_a_limit_is_a_number(clip):
+    with refused(r"clip is a bound or a pair \(lo, hi\)"):
+        fd.plan(VP, "dpmpp-2m", 4, clip=clip)
 
 
 @pytest.mark.parametrize("name", ["x", "e"])

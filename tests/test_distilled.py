@@ -157,7 +157,7 @@ def test_times_of_a_distillation_are_its_own():
         (lambda: fd.plan(SD, "lcm", 4, timestep_scaling=0), ValueError, "scaling is positive"),
         (lambda: fd.plan(SD, "lcm", 4, sigma_data=math.inf), ValueError, "sigma_data is positive"),
         (lambda: fd.plan(SD, "lcm", 51), ValueError,
-         r"lcm's original lies between steps = 51 .* got 50\. Take no more steps than that"),
+         r"lcm's original lies between steps = 51 .* got 50\. Take fewer steps"),
         (lambda: fd.plan(SD, "lcm", 4, grid="lcm(4.5)"), ValueError, "whole; got 4.5"),
         (lambda: fd.plan(VP, "lcm", 4, grid="lcm"), ValueError, "needs a VPDiscrete"),
         (lambda: fd.plan(EDM, "consistency", 41, prediction="x0"), ValueError, "levels lies"),

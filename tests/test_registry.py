@@ -138,3 +138,18 @@ def test_the_page_of_solvers_is_that_of_the_registry():
     assert all(f"| `{name}` |" in written for name in fd.solvers.names())
     for name in fd.solvers.names():
         assert all(f"`{alias}`" in written for alias in fd.solvers.info(name).aliases)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("dpmpp_2m_sde", "draw noise at every step are 'ddpm', and 'ddim' with eta"),
+        ("sample_euler_ancestral", "draw noise at every step"),
+        ("DPMPP_2S", "Did you mean 'dpmpp-2s'\\? `fastdiff solvers`"),
+        ("nothing-like-it", f"list all {len(fd.solvers.names())}\\.$"),
+    ],
+)
+def test_an_unknown_name_is_refused_in_a_few_words(name, says):
+    with pytest.raises(ValueError, match=says) as refusal:
+        fd.solvers.info(name)
+    assert len(str(refusal.value)) < 250

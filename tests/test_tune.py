@@ -213,6 +213,28 @@ def test_an_estimate_that_was_stopped_goes_on_bit_for_bit(tmp_path, source):
     assert len(seen) == 3
     with pytest.raises(ValueError, match="another schedule, prediction, grid or shape"):
         fd.tune.ems(Differentiable(), VP, save=path, **common | {"intervals": 7})
+    with pytest.raises(ValueError, match="other arguments: its samples differs"):
+        fd.tune.ems(Differentiable(), VP, save=path, **common | {"samples": 60})
+    fd.tune.Statistics.load(path).save(path)  # by hand: nobody knows what made it
+    assert fd.tune.ems(Differentiable(), VP, save=path, **common | {"samples": 60}) == whole
+
+
+def test_statistics_of_too_few_samples_are_refused():
+    network = fd.models.digits()
+    images, classes = fd.models.digits_data("train")
+    given = {"data": images, "cond": {"y": classes}, "prediction": "v", "intervals": 8}
+    few = fd.tune.ems(network, network.schedule, samples=4, **given)
+    plan = fd.plan(network.schedule, "dpm-v3-2", 8, prediction="v", statistics=few)
+    with pytest.raises(ValueError, match=r"below 1000 .*; got .*e\+.* more samples"):
+        few.extras(plan)
+
+
+def test_a_file_of_something_else_is_refused_without_bad_advice(tmp_path):
+    path = tmp_path / "s.npz"
+    path.write_bytes(b"hello")
+    with pytest.raises(ValueError, match="no archive that fastdiff wrote") as refusal:
+        fd.tune.Statistics.load(path)
+    assert "pickle" not in str(refusal.value)
 
 
 def test_the_network_is_known_by_what_it_says():
@@ -243,6 +265,8 @@ def test_guidance_is_part_of_the_network():
          "differs by .* % from central differences"),
         (lambda: fd.tune.ems(MIXTURE.network(VP), VP, data=torch.zeros(4, 8), samples=4),
          NotImplementedError, "Give derivative='finite'"),
+        (lambda: fd.tune.ems(fd.models.digits(), VP, shape=(1, 8, 8)), ValueError,
+         "the network says that it predicts 'v'; got prediction='epsilon'"),
         (lambda: fd.tune.ems(Differentiable(), VP), ValueError, "got neither"),
         (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, shape=(3,)), ValueError, "got both"),
         (lambda: fd.tune.ems(Differentiable(), VP, data=[1.0]), TypeError, "got list"),
@@ -272,7 +296,7 @@ def test_the_benchmark_prints_a_table(tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     given = {
-        "statistics": tmp_path / "s.npz", "samples": 4, "intervals": 6, "count": 2,
+        "statistics": tmp_path / "s.npz", "samples": 64, "intervals": 8, "count": 2,
         "reference": 10, "nfe": "5", "grids": "logsnr", "solvers": "ddim",
     }  # fmt: skip
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]

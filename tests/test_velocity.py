@@ -218,7 +218,7 @@ def test_an_infinite_velocity_at_the_data_is_stepped_over_by_x0(name):
         (lambda: fd.plan(FLOW, "ab-4", 3, prediction="velocity"), ValueError,
          "ab-4: it combines 4 outputs and needs at least as many steps; got steps = 3"),
         (lambda: fd.plan(FLOW, "abm-3", 2, prediction="velocity"), ValueError, "^abm-3: .*steps"),
-        (lambda: fd.solvers.AdamsBashforth(order=5), ValueError, "order is one of 2, 3, 4; got 5"),
+        (lambda: fd.solvers.AdamsBashforth(order=5), ValueError, "of 1, 2, 3, 4; got 5"),
         (lambda: fd.solvers.AdamsMoulton(order=1), ValueError, "order is one of 2, 3, 4, 5; got 1"),
         (lambda: fd.plan(FLOW, "abm-2", 4, mode="ec"), ValueError, "mode is one of 'pec', 'pece'"),
         (lambda: fd.plan(FLOW, "ab-2", 4, warmup="euler"), ValueError, "warmup is one of"),

@@ -239,7 +239,10 @@ def _ends(
 ) -> tuple[list[float], float | None]:
     """First and last time of the steps, and the time of a jump after them."""
     if not isinstance(schedule, Schedule):
-        raise TypeError(f"adaptive: schedule is a fastdiff.schedules.Schedule; got {schedule!r}.")
+        raise TypeError(
+            "adaptive: schedule is a fastdiff.schedules.Schedule; got "
+            f"{type(schedule).__name__}. It takes no plan: the steps are its own."
+        )
     start, stop = grids.build(schedule, 1, "uniform", t_max=t_max, t_min=t_min).tolist()
     lengths = [pair.progress(schedule, start)]
     if not math.isfinite(lengths[0]):

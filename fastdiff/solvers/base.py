@@ -195,6 +195,8 @@ def clip_range(who: str, clip: Any) -> tuple[float, float] | None:
     if clip is None:
         return None
     try:
+        if np.array(clip).dtype.kind in "SU":  # float() would read a number out of it
+            raise TypeError
         lo, hi = (-float(clip), float(clip)) if np.ndim(clip) == 0 else map(float, clip)
     except OverflowError:
         raise ValueError(f"{who}: clip is finite; got {shown(clip)}.") from None

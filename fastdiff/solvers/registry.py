@@ -84,7 +84,13 @@ def info(name: str) -> Info:
             "accepted times are a plan afterwards."
         )
     if entry is None:
-        raise unknown("solver", "solver", name, _REGISTRY)
+        listing = f"`fastdiff solvers` and fastdiff.solvers.names() list all {len(_REGISTRY)}."
+        if isinstance(name, str) and any(word in name.lower() for word in ("sde", "ancestral")):
+            raise ValueError(
+                f"solver: unknown solver {name!r}. The samplers here that draw noise at every step "
+                f"are 'ddpm', and 'ddim' with eta. {listing}"
+            )
+        raise unknown("solver", "solver", name, _REGISTRY, listing)
     return entry
 
 

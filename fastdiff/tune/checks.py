@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..schedules import prediction_name
+
 _MISMATCH = 0.2  # relative difference at which two derivatives are not of one function
+
+
+def check_prediction(network: Any, prediction: str) -> None:
+    """Raises where the network says that it predicts something else."""
+    predicts = getattr(network, "prediction", None)
+    if isinstance(predicts, str) and prediction_name(predicts) != prediction_name(prediction):
+        raise ValueError(
+            f"ems: the network says that it predicts {predicts!r}; got prediction={prediction!r}. "
+            f"Give prediction={predicts!r}."
+        )
 
 
 def check_same(path: Path, known: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -21,9 +21,9 @@ from ..schedules import Array, Schedule, prediction_name
 from ..solvers import plan
 from ..solvers.base import choice
 from ..solvers.statistics import default_ends
-from .checks import check_derivative, check_network, check_same
+from .checks import check_derivative, check_network, check_prediction, check_same
 from .denoiser import DERIVATIVES, Denoiser, parameters_of
-from .statistics import Statistics, fingerprint, read, write
+from .statistics import FORMAT, Statistics, fingerprint, read, write
 
 _PARTIAL = "fastdiff-statistics-partial"
 # Sums over samples, each [M + 1, *shape]; with w = x / alpha, D the x0 prediction, D' its rate.
@@ -97,7 +97,8 @@ def ems(
 
     Raises:
         ValueError: An argument is out of range, the files belong to other arguments or to another
-            network, or the two derivatives disagree (the network's time is not differentiated).
+            network, the network says that it predicts something else, or
+            the two derivatives disagree (the network's time is not differentiated).
         TypeError: An argument has the wrong kind.
         NotImplementedError: The network refuses forward mode.
 
@@ -119,6 +120,7 @@ def ems(
         raise TypeError(f"ems: data is a floating tensor [N, *shape]; got {type(data).__name__}.")
     if data is not None and (data.ndim < 2 or not len(data)):
         raise ValueError(f"ems: data is [N, *shape] with N > 0; got {tuple(data.shape)}.")
+    check_prediction(network, prediction)
     guidance = guidance or UNGUIDED
     _check_guidance(guidance, intervals)
     usual = default_ends(schedule)
@@ -181,7 +183,7 @@ class _Estimate:
         head = self.settings()
         own = fingerprint(self._of(0, 2), self.grid, self.shape, self.device)
         if path is not None and path.exists():
-            return self._finished(path, own)
+            return self._finished(path, own, head)
         part = None if path is None else path.with_name(path.name + ".part")
         sums = np.zeros((len(_SUMS), len(self.grid), *self.shape))
         done, total = 0, math.ceil(self.samples / self.batch)
@@ -201,7 +203,7 @@ class _Estimate:
                 progress(done, total)
         found = self._solved(sums / self.samples, own)
         if path is not None and part is not None:
-            found.save(path)
+            found.save(path, made_by=head)
             part.unlink()
         return found
 
@@ -227,7 +229,7 @@ class _Estimate:
             "seed": self.seed,
         }
 
-    def _finished(self, path: Path, own: Any) -> Statistics:
+    def _finished(self, path: Path, own: Any, head: dict[str, Any]) -> Statistics:
         """The statistics of a complete file."""
         found = Statistics.load(path)
         wanted = (self.denoiser.schedule, self.denoiser.prediction, self.shape)
@@ -238,6 +240,9 @@ class _Estimate:
                 "or shape. Give another path, or delete it."
             )
         check_network(path, found.fingerprint, own)
+        made_by = read(path, FORMAT)[0].get("made_by")
+        if made_by is not None:
+            check_same(path, made_by, head)
         return found
 
     def _of(self, start: int, stop: int) -> Denoiser:

@@ -26,6 +26,7 @@ from .denoiser import Denoiser, parameters_of
 
 FORMAT = "fastdiff-statistics"
 _ARRAYS = ("lambda_grid", "l", "s", "b", "fingerprint")
+_LARGEST = 1e3  # weight of a step from which on statistics follow their noise, not a network
 _APART = 0.02  # relative difference from which on two networks are not the same
 
 
@@ -59,13 +60,22 @@ class Statistics(ModelStatistics):
                 that they broadcast to.
 
         Raises:
-            ValueError: The plan was made without statistics or with others, or x has another shape.
+            ValueError: The plan was made without statistics or with others, x has another shape, or
+                the weights of a step are such that samples diverge, as those of too few samples.
         """
         bank = bank_of(plan, self)
         if x is not None and self.shape and tuple(x.shape[1:]) != self.shape:
             raise ValueError(
                 f"statistics: they belong to samples of shape {self.shape}; got x of shape "
                 f"{tuple(x.shape)}. Estimate them at this shape."
+            )
+        factors = {product.entry for stage in plan.stages for product in stage.products}
+        largest = max((float(np.abs(bank[i]).max()) for i in factors), default=0.0)
+        if not largest < _LARGEST:
+            raise ValueError(
+                f"statistics: the weights of a step stay below {_LARGEST:g} where statistics "
+                f"follow a network; got {largest:.3g}, with which samples diverge. Estimate them "
+                "with more samples (256 and more), or take more steps."
             )
         single = x is not None and x.dtype != torch.float64
         place: dict[str, Any] = {"dtype": torch.float32 if single else torch.float64}
@@ -105,13 +115,22 @@ class Statistics(ModelStatistics):
                 "and guidance= as they were."
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, made_by: Mapping[str, Any] | None = None
+    ) -> None:
         """Writes the statistics as an npz archive, atomically.
+
+        Args:
+            path: The file.
+            made_by: The arguments of the `ems` that made them, by which a later call knows its own
+                file; `load` leaves them.
 
         Raises:
             OSError: `path` cannot be written; it names `path`.
         """
         head = {"schedule": self.schedule.to_dict(), "prediction": self.prediction}
+        if made_by is not None:
+            head["made_by"] = dict(made_by)
         write(path, FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
@@ -163,8 +182,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         head = json.loads(str(arrays.pop("head")))
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise _refusal(path, f"no archive that fastdiff wrote ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        # numpy's own words advise to unpickle the file, which is unsafe and no help
+        raise _refusal(path, "no archive that fastdiff wrote") from None
     if not isinstance(head, dict) or head.pop("format", None) != kind or head.pop("version") != 1:
         raise _refusal(path, f"no archive of format {kind!r}, version 1")
     return head, arrays

@@ -194,6 +194,8 @@ SOLVERS = (
             source="Zhang & Chen, arXiv:2204.13902",
             fixed=fixed_options(order, lower_order_final="auto", warmup="lower"),
             least_steps=order,
+            # with its defaults, whose grid ends at sigma = 0
+            aliases={"DEISMultistepScheduler": {"lower_order_final": True}} if order == 2 else {},
             same="ddim" if order == 1 else "",
             quirks="diffusers' DEISMultistepScheduler repeats the last of karras, exponential and "
             "beta sigmas, so that its last step does nothing, and loses up to 7e-5 of its weights "

@@ -270,7 +270,7 @@ SOLVERS = (
             summary="singlestep on x0",
             source=DPMPP,
             fixed={"order": order, "form": "x0"},
-            # with its defaults, whose grid ends at sigma = 0
+            # with its defaults, which end at sigma = 0
             aliases={"DPMSolverSinglestepScheduler": {"published": True, "method": "diffusers"}}
             if order == 2
             else {},
