@@ -324,6 +324,10 @@ def nan_after(limit):
     return network
 
 
+def nan_near_the_data(x, t):
+    return torch.where((t < 0.0021)[:, None], float("nan"), smooth(x, t))
+
+
 X = start(VP, 2)
 REFUSED = {
     "graph": ({"graph": "loop"}, NotImplementedError, r"result\.plan\(sample\)"),
@@ -366,6 +370,9 @@ REFUSED = {
     "integers": ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "real and floating"),
     "schedule": ({"schedule": "vp"}, TypeError, "schedule is a fastdiff.schedules.Schedule"),
     "lambda": ({"schedule": FLOW, "solver": "dpm-23"}, ValueError, "infinite at t_max = 1"),
+    "network": ({"network": None}, TypeError, r"callable as network\(x, t\); got None"),
+    "dtype": ({"dtype": torch.int8}, TypeError, "dtype is a floating torch.dtype"),
+    "meta": ({"x": X.to("meta")}, ValueError, "on the meta device, which has none"),
     "tracked": ({"x": X.clone().requires_grad_()}, ValueError, "x requires grad"),
 }
 
@@ -373,13 +380,13 @@ REFUSED = {
 @pytest.mark.parametrize("which", REFUSED)
 def test_refuses_before_the_first_call(which):
     options, kind, words = REFUSED[which]
-    given = {"x": X, "schedule": VP, "solver": "bosh3"} | options
 
     def network(*_, **__):
         raise AssertionError("called")
 
+    given = {"network": network, "x": X, "schedule": VP, "solver": "bosh3"} | options
     with pytest.raises(kind, match=words):
-        fd.adaptive(network, **given)
+        fd.adaptive(**given)
 
 
 def test_a_tolerance_out_of_reach_says_how_far_it_came():
@@ -395,6 +402,9 @@ def test_a_tolerance_out_of_reach_says_how_far_it_came():
 def test_nan_names_the_sample_and_the_time():
     with pytest.raises(ValueError, match=r"NaN or infinity for sample 1, in the step from t = 0\."):
         fd.adaptive(nan_after(0.3), X, VP)
+    for name in ("dpm-12", "dpm-23"):  # the evaluation of a jump is in no error
+        with pytest.raises(ValueError, match=r"for sample \d, in the step from t = 0\.002 to 0"):
+            fd.adaptive(nan_near_the_data, 80.0 * X, EDM, name, prediction="x0")
 
 
 def test_a_network_that_writes_to_its_input_is_refused():
@@ -425,3 +435,5 @@ def test_a_plan_of_samples_with_times_of_their_own_is_named():
         run.plan()
     with pytest.raises(ValueError, match="below 3"):
         run.plan(3)
+    with pytest.raises(ValueError, match="got a run of none"):
+        fd.adaptive(smooth, torch.empty(0, 8), VP).plan()

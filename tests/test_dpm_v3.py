@@ -333,3 +333,16 @@ def test_the_default_is_the_networks_blobs_on_every_schedule():
     plan = fd.plan(FLOW, "dpm-v3-3", 8, prediction="v", t_min=0.0)
     x = fd.noise.prior(plan, (5, 2), seeds=0, dtype=torch.float64)
     assert bool(fd.sample(two_blobs(FLOW, "v"), x, plan, check=True).isfinite().all())
+
+
+@pytest.mark.parametrize("shape", [(), (8,)])
+@pytest.mark.parametrize("of_s", [3000.0, -3000.0])
+def test_statistics_that_grow_too_fast_are_refused(shape, of_s):
+    # the tensors of a plan are no coefficients of its stages: none of them may be NaN
+    l, s, b = (np.full((2, *shape), value) for value in (0.5, of_s, 0.1))
+    s[0] *= 0.99  # and elements differ
+    if shape:
+        s[:, 0] = 0.0
+    statistics = fd.tune.Statistics(VP, l, s, b, [-5.1, 4.6])
+    with pytest.raises(ValueError, match=r"coefficients are finite; got NaN .* more samples"):
+        fd.plan(VP, "dpm-v3-3", 8, statistics=statistics, **SPAN)

@@ -32,6 +32,17 @@ def plan_of(name, more=1):
     return fd.plan(VP, name, steps, prediction="v", t_max=0.9)
 
 
+def reach(plan):
+    """How many evaluations back the rows of a plan read."""
+    return max(max(stage.history, default=0) for stage in plan.stages)
+
+
+def plan_for(name, backend):
+    """A plan for a backend: Triton's interpreter gets the shortest that reads as far back."""
+    plan, shorter = plan_of(name), plan_of(name, 0)
+    return shorter if backend == "triton" and reach(shorter) == reach(plan) else plan
+
+
 @pytest.fixture(scope="module")
 def net():
     """A network with a parameter that its output does not depend on."""
@@ -52,7 +63,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @EVERY
 def test_a_guided_run_and_its_gradient_are_the_plans_formulas(name, backend, net):
-    plan = plan_of(name)
+    plan = plan_for(name, backend)
     x, y, weights = (torch.randn(*shape, dtype=F64) for shape in ((2, 5), (2,), (2, 5)))
     seeds = [11, 2**63 + 1]
     leaves = [x.requires_grad_(), y.requires_grad_(), net.linear.weight, net.linear.bias]

@@ -2,6 +2,7 @@
 """Statistics of a network are those of its definition, resumable, and known by their network."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -213,10 +214,85 @@ def test_an_estimate_that_was_stopped_goes_on_bit_for_bit(tmp_path, source):
     assert len(seen) == 3
     with pytest.raises(ValueError, match="another schedule, prediction, grid or shape"):
         fd.tune.ems(Differentiable(), VP, save=path, **common | {"intervals": 7})
-    with pytest.raises(ValueError, match="other arguments: its samples differs"):
+    with pytest.raises(ValueError, match=r"s\.npz' holds .* other arguments: its samples"):
         fd.tune.ems(Differentiable(), VP, save=path, **common | {"samples": 60})
-    fd.tune.Statistics.load(path).save(path)  # by hand: nobody knows what made it
+    whole.save(path)  # without what it was estimated with
     assert fd.tune.ems(Differentiable(), VP, save=path, **common | {"samples": 60}) == whole
+
+
+def changed(path, **changes):
+    """A file of statistics with other entries in its head, or other arrays."""
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    head = json.loads(str(arrays.pop("head")))
+    for name, value in changes.items():
+        (arrays if isinstance(value, np.ndarray) else head)[name] = value
+    with path.open("wb") as file:
+        np.savez(file, head=np.array(json.dumps(head)), **arrays)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"done": 99}, "got sums .* and 99 batches. It is damaged: delete it"),
+        ({"done": 0}, "and 0 batches"),
+        ({"done": None}, "and None batches"),
+        ({"sums": np.zeros((3, 5, 3))}, r"holds sums \[9, 5, 3\] .* got sums \[3, 5, 3\]"),
+        ({"sums": np.zeros((9, 5, 3), np.float32)}, "of float32"),
+        ({"more": np.zeros(2)}, "its arrays are real, and sums, fingerprint"),
+    ],
+)
+def test_damaged_sums_are_refused(tmp_path, changes, says):
+    common = {"data": DATA, "intervals": 4, "samples": 20, "batch": 10, **SPAN}
+    with pytest.raises(ZeroDivisionError):
+        fd.tune.ems(Differentiable(), VP, save=tmp_path / "s", progress=lambda *_: 1 / 0, **common)
+    changed(tmp_path / "s.part", **changes)
+    with pytest.raises(ValueError, match=says):
+        fd.tune.ems(Differentiable(), VP, save=tmp_path / "s", **common)
+
+
+def test_a_damaged_file_of_statistics_is_refused(tmp_path):
+    path = tmp_path / "s.npz"
+    found = fd.tune.ems(Differentiable(), VP, data=DATA, intervals=2, samples=20, **SPAN)
+    found.save(path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for place in rng.integers(len(content), size=300):
+        bits = bytearray(content)
+        bits[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bits)
+        try:
+            assert fd.tune.Statistics.load(path) == found  # a bit that says nothing
+        except ValueError as error:
+            assert "holds no statistics" in str(error)  # noqa: PT017  some are read
+    for changes in ({"version": None}, {"l": found.l * 1j}, {"l": found.l.astype(str)}):
+        path.write_bytes(content)
+        changed(path, **changes)
+        with pytest.raises(ValueError, match="holds no statistics"):
+            fd.tune.Statistics.load(path)
+
+
+def test_elements_in_which_nothing_varies_have_no_slope():
+    # D is linear in the last two elements: their f is 0 but for rounding errors
+    mixture = fd.models.GaussianMixture([0.5, 0.5], [[2.0, 0, 0], [-2.0, 0, 0]], [[0.1] * 3] * 2)
+    network, x = mixture.network(VP), torch.randn(4, 3, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        data = mixture.sample(256, torch.Generator().manual_seed(0)).to(dtype)
+        found = fd.tune.ems(network, VP, data=data, derivative="finite", samples=256, intervals=20)
+        assert not found.s[:, 1:].any()
+        assert found.s[:, 0].any()
+        plan = fd.plan(VP, "dpm-v3-2", 8, statistics=found)
+        assert fd.sample(network, x, plan, extras=found.extras(plan, x)).isfinite().all()
+
+
+def test_differences_are_as_long_as_the_network_is_precise():
+    common = {"intervals": 4, "samples": 20, "derivative": "finite", **SPAN}
+    network = Differentiable().float()
+    single = fd.tune.ems(network, VP, data=DATA.float(), **common)
+    double = fd.tune.ems(network, VP, data=DATA, **common)  # the network has float32 still
+    slope, _ = expected(double.lambda_grid)
+    np.testing.assert_allclose(single.l, slope, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(double.l, slope, rtol=0, atol=1e-4)
 
 
 def test_statistics_of_too_few_samples_are_refused():
@@ -282,6 +358,27 @@ def test_guidance_is_part_of_the_network():
          ValueError, "a CFG whose scale is a number"),
         (lambda: fd.tune.ems(lambda x, t: x[:, :1], VP, data=DATA, intervals=2), ValueError,
          "returns its input's shape"),
+        (lambda: fd.tune.ems(lambda x, t: (x,), VP, data=DATA), TypeError, "got tuple. Take the"),
+        (lambda: fd.tune.ems(lambda x, t: x.int(), VP, data=DATA), ValueError, "got torch.int32"),
+        (lambda: fd.tune.ems(lambda x, t: x.bfloat16(), VP, data=DATA), ValueError,
+         r"got outputs of torch.bfloat16. Give network.float\(\)"),
+        (lambda: fd.tune.ems(lambda x, t: x.bfloat16().double(), VP, derivative="finite", **COMMON),
+         ValueError, "differ by .* % from those over a longer step"),
+        (lambda: fd.tune.ems(lambda x, t: x / 0.0, VP, **COMMON), ValueError, "finite numbers"),
+        (lambda: fd.tune.ems(3, VP, data=DATA), TypeError, "callable as network"),
+        (lambda: fd.tune.ems(Differentiable(), "vp", data=DATA), TypeError, "got 'vp'"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, guidance=3.0), TypeError, "CFG or"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA / 0.0), ValueError, "data is finite"),
+        (lambda: fd.tune.ems(Differentiable(), VP, shape=3), ValueError, "shape is that of one"),
+        (lambda: fd.tune.ems(Differentiable(), VP, shape=(3, 0)), ValueError, "sizes at least 1"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, seed=0.5), TypeError, "seed is an"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, t_max=2.0), ValueError,
+         r"t_max lies in \[0, 1\]"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA, cond={"y": torch.tensor(1.0)}),
+         ValueError, "one entry a sample, 256; got a tensor of one number"),
+        (lambda: fd.tune.ems(Differentiable(), VP, data=DATA,
+                             cond={"y": fd.PerStage(torch.zeros(3, 256))}),
+         ValueError, "got a PerStage in cond"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_estimated_is_refused(make, error, says):

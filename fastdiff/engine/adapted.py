@@ -72,6 +72,8 @@ class Adapted:
             ValueError: There is no such sample, or the samples have times of their own.
         """
         count = len(self.times)
+        if count == 0:
+            raise ValueError("Adapted.plan: a plan has the times of a sample; got a run of none.")
         if sample is None:
             if len(set(self.times)) != 1:
                 raise ValueError(
@@ -167,6 +169,7 @@ def adaptive(
     Dormand & Prince (1980); Gustafsson (1991).
     """
     _check_refused(graph, gradient, x)
+    _check_network(network, dtype)
     choice("adaptive", "shared", shared, (False, True))
     pair = adaptive_get(solver, options)
     times, jump = _ends(pair, schedule, t_max, t_min, prediction)
@@ -232,6 +235,13 @@ def _check_refused(graph: Any, gradient: Any, x: Any) -> None:
             "adaptive: every step waits for its error on the host; got a call while the current "
             f"stream is recorded into a graph. {replay}, which can be recorded."
         )
+
+
+def _check_network(network: Any, dtype: Any) -> None:
+    if not callable(network):
+        raise TypeError(f"adaptive: network is callable as network(x, t); got {network!r}.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"adaptive: dtype is a floating torch.dtype; got {dtype!r}.")
 
 
 def _ends(
@@ -302,6 +312,11 @@ def _controllers(
 def _check_call(call: Call, job: Job, parameters: Callable[[], Any]) -> None:
     guidance = job.guidance
     check_state(call.x)
+    if call.x.is_meta:
+        raise ValueError(
+            "adaptive: steps depend on the data; got x on the meta device, which has none. Give "
+            "x on the device of the network."
+        )
     check_untransformed(call, None, parameters)
     check_tracking(call, None, guidance.conditions_given())
     check(call.cond, call.batch, device=call.x.device)

@@ -10,6 +10,7 @@ arrived run rows that do nothing, and the network is not called for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -172,8 +173,12 @@ class Adaptive:
             self._run.row((j + 1) * stride, output)
         jumped = {id(track) for track in active if track.goal == self._jump}
         errors = self._errors(active)
+        if jumped:  # a jump has no error, and its output is the last
+            finite = registers.x.flatten(1).isfinite().all(1).tolist()
         for track in active:
-            self._judge(track, [errors[b] for b in track.samples], id(track) in jumped)
+            jumps = id(track) in jumped
+            own = [(0.0 if finite[b] else math.nan) if jumps else errors[b] for b in track.samples]
+            self._judge(track, own, jumps)
         if self._difference is not None and not active[0].restore:
             self._lower = registers.x - self._difference
 
@@ -335,8 +340,8 @@ class Adaptive:
         """Keeps a track's attempt or refuses it."""
         pair, controller = self._pair, track.controller
         track.restore = False
+        self._check_finite(track, errors)
         if not jumped:
-            self._check_finite(track, errors)
             track.error = controller.joined(errors)
             if not controller.keeps(track.error):
                 track.restore, track.known = True, not controller.published

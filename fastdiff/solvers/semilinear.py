@@ -212,5 +212,11 @@ class Writer:
 def _plain(value: Coefficient) -> Coefficient:
     """A coefficient as a number where all its elements are equal."""
     array = np.asarray(value, dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(
+            "dpm-v3: coefficients are finite; got NaN or infinity: the statistics grow too fast "
+            "for a step, as those of few samples may. Estimate them from more samples, take more "
+            "steps, or do without."
+        )
     first = float(array.flat[0])
     return first if bool((array == first).all()) else np.ascontiguousarray(array)

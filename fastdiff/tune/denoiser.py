@@ -14,12 +14,15 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import conditioning
+from ..engine.job import network_dtype
+from ..engine.loops import output_problem
 from ..guidance import UNGUIDED, Guidance
 from ..guidance.base import combine
 from ..schedules import Schedule
 
 DERIVATIVES = ("forward", "finite")
 _STEP = {torch.float32: 1e-3, torch.float64: 1e-5}  # of a central difference, by dtype
+_COARSE = 3e-3  # the step of the differences to compare with
 _LAMBDA = 1e-4  # half the step of a difference of the schedule's own functions
 
 
@@ -32,8 +35,8 @@ class Denoiser:
         schedule: The schedule.
         prediction: What the network returns.
         guidance: How the outputs of its branches become one.
-        derivative: "forward" (forward-mode automatic differentiation) or "finite" (central
-            differences).
+        derivative: "forward" (forward-mode automatic differentiation), "finite" (central
+            differences), or "" where none is taken.
         cond: Conditioning of the samples at hand.
     """
 
@@ -41,7 +44,7 @@ class Denoiser:
     schedule: Schedule
     prediction: str
     guidance: Guidance = UNGUIDED
-    derivative: str = "forward"
+    derivative: str = ""
     cond: Any = None
 
     def of(self, cond: Any) -> Denoiser:
@@ -74,12 +77,20 @@ class Denoiser:
         rates: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
         derivative: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(D, its derivative along `direction` in x, with time and scales at these `rates`)."""
+        """(D, its derivative along `direction` in x, with time and scales at these `rates`).
+
+        `derivative` takes the place of the own one; "coarse" is "finite" with a longer step.
+        """
         time, c_in, p, q = self.numbers(lam)
         d_time, d_in, d_p, d_q = rates
         given, moved = c_in * x, c_in * direction + d_in * x
-        how = self._forward if (derivative or self.derivative) == "forward" else self._finite
-        out, d_out = how(given, time, moved, d_time)
+        how = derivative or self.derivative
+        if how == "forward":
+            out, d_out = self._forward(given, time, moved, d_time)
+        else:
+            dtype = network_dtype(self.network) or x.dtype
+            step = _COARSE if how == "coarse" else _STEP.get(dtype, _STEP[torch.float32])
+            out, d_out = self._finite(given, time, moved, d_time, step)
         return p * x + q * out, p * direction + d_p * x + d_q * out + q * d_out
 
     def _forward(
@@ -101,9 +112,9 @@ class Denoiser:
         return out, d_out
 
     def _finite(
-        self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float
+        self, x: torch.Tensor, time: float, moved: torch.Tensor, d_time: float, step: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        step, here = _STEP[x.dtype], self._output(x, time)
+        here = self._output(x, time)
         # at an end of the schedule the difference looks inside, where the network was trained
         sides = [k for k in (-1, 1) if self._has_time(time + k * step * d_time)]
         sides = [-1, 1] if d_time == 0.0 or not sides else sides
@@ -124,18 +135,22 @@ class Denoiser:
         copies = self.guidance.branches
         cond = self.guidance.conditions(self.cond, x.shape[0])
         places, names = conditioning.arguments_of(cond)
-        held = parameters_of(self.network)
-        dtype = next((p.dtype for p in held if p.is_floating_point()), x.dtype)
+        dtype = network_dtype(self.network) or x.dtype
         given = torch.cat([x] * copies).to(dtype)
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         now = torch.as_tensor(time, dtype=kind, device=x.device).expand(given.shape[0])
-        out = self.network(given, now, *places, **names).to(x.dtype)
-        if out.shape != given.shape:
+        out = self.network(given, now, *places, **names)
+        problem = output_problem(out, given)
+        if problem is not None:
+            wrong = ValueError if isinstance(out, torch.Tensor) else TypeError
+            raise wrong(f"ems: {problem}")
+        if self.derivative and out.dtype not in _STEP:
             raise ValueError(
-                f"ems: the network returns its input's shape, {tuple(given.shape)}; got "
-                f"{tuple(out.shape)}."
+                "ems: derivatives are those of a network in float32 or float64; got outputs of "
+                f"{out.dtype}. Give network.float(), without autocast: a network in half "
+                "precision can be sampled with the statistics of the one in float32."
             )
-        return combine(self.guidance.combined_weights(0, x), out.chunk(copies))
+        return combine(self.guidance.combined_weights(0, x), out.to(x.dtype).chunk(copies))
 
 
 def parameters_of(network: Any) -> list[torch.Tensor]:

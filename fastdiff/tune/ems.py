@@ -14,21 +14,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import conditioning, noise
+from .. import conditioning, grids, noise
 from ..guidance import UNGUIDED, Guidance
 from ..sampler import sample
 from ..schedules import Array, Schedule, prediction_name
 from ..solvers import plan
 from ..solvers.base import choice
 from ..solvers.statistics import default_ends
-from .checks import check_derivative, check_network, check_prediction, check_same
+from .checks import (
+    check_counts,
+    check_derivative,
+    check_kinds,
+    check_network,
+    check_partial,
+    check_prediction,
+    check_same,
+    check_source,
+)
 from .denoiser import DERIVATIVES, Denoiser, parameters_of
-from .statistics import FORMAT, Statistics, fingerprint, read, write
+from .statistics import Statistics, estimate_of, fingerprint, read, write
 
 _PARTIAL = "fastdiff-statistics-partial"
 # Sums over samples, each [M + 1, *shape]; with w = x / alpha, D the x0 prediction, D' its rate.
 _SUMS = ("slope", "D", "w", "DD", "Dw", "ww", "D'", "DD'", "wD'")
-_CONSTANT = 1e-8  # relative variance up to which f is a constant, whatever its rounding errors say
+# Up to this variance, relative to the squares of x0 and x / alpha, f is a constant. Differences in
+# float32 leave 2e-10 of rounding, and s would be the quotient of two of them.
+_CONSTANT = 1e-9
 
 
 def ems(
@@ -65,7 +76,8 @@ def ems(
     from the prior where no data are given; the diagonal by Rademacher probes v, E[v * (J v)]; and
     f' as one derivative along (dx/dlambda, dt/dlambda), with dl/dlambda by differences of l. All is
     formed with x0 in place of eps, which keeps its digits where alpha is small: sigma d eps/dx is
-    1 - alpha d x0/dx, and -f is x0 + (l - 1) x / alpha. Where f does not vary, s = 0.
+    1 - alpha d x0/dx, and -f is x0 + (l - 1) x / alpha. Where f does not vary (by
+    more than 3e-5 of x0 or x / alpha), s = 0.
 
     Args:
         network: `network(x, t, **cond)`, as samplers take it.
@@ -78,8 +90,9 @@ def ems(
         guidance: A `fastdiff.CFG` with one scale, under which the statistics are to be used; None:
             none.
         intervals: Intervals of the grid, even in lambda from t_max to t_min.
-        samples: States at each lambda. A sample costs 2 + `probes` network evaluations at each of
-            the intervals + 1 values (forward mode counted as two).
+        samples: States at each lambda. s is a regression over them, element by element: of fewer
+            than 64 it is noise that a run may amplify without bound. A sample costs 2 + `probes`
+            network evaluations at each of the intervals + 1 values (forward mode counted as two).
         batch: Samples evaluated at once.
         probes: Probes of a state; "exact": one for each element, for states of few elements.
         derivative: "forward" (forward-mode differentiation) or "finite" (central differences), for
@@ -89,7 +102,7 @@ def ems(
         device: Where the network runs; None: where its first parameter is, or the data.
         save: A file. Partial sums stand in `<save>.part` after every batch; a call with the same
             arguments goes on from there, and ends with the same numbers bit for bit. The file is
-            read where it is complete.
+            read where it is complete, and refused where it is of other arguments.
         progress: Called as `progress(done, total)` after every batch.
 
     Returns:
@@ -104,27 +117,17 @@ def ems(
 
     Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, section 3: the definitions of l, s, b.
     """
-    counts = {"intervals": intervals, "samples": samples, "batch": batch}
-    if probes != "exact":
-        counts["probes"] = probes  # type: ignore[assignment]
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"ems: {name} is an integer of at least 1; got {value!r}.")
+    counts: dict[str, Any] = {"intervals": intervals, "samples": samples, "batch": batch}
+    check_counts(counts if probes == "exact" else counts | {"probes": probes}, seed)
     choice("ems", "derivative", derivative, DERIVATIVES)
-    if (data is None) == (shape is None):
-        raise ValueError(
-            "ems: states come from data= or, without data, from runs of samples of shape=; got "
-            f"{'neither' if data is None else 'both'}. Give one."
-        )
-    if data is not None and not (isinstance(data, torch.Tensor) and data.is_floating_point()):
-        raise TypeError(f"ems: data is a floating tensor [N, *shape]; got {type(data).__name__}.")
-    if data is not None and (data.ndim < 2 or not len(data)):
-        raise ValueError(f"ems: data is [N, *shape] with N > 0; got {tuple(data.shape)}.")
+    check_kinds(network, schedule, guidance, cond)
+    check_source(data, shape)
     check_prediction(network, prediction)
     guidance = guidance or UNGUIDED
     _check_guidance(guidance, intervals)
     usual = default_ends(schedule)
     ends = (usual[0] if t_max is None else t_max, usual[1] if t_min is None else t_min)
+    grids.build(schedule, 1, "uniform", t_max=ends[0], t_min=ends[1])  # refuses other ends
     first, last = (float(schedule.lambda_t(t)) for t in ends)
     if not -math.inf < first < last < math.inf:
         raise ValueError(
@@ -183,15 +186,15 @@ class _Estimate:
         head = self.settings()
         own = fingerprint(self._of(0, 2), self.grid, self.shape, self.device)
         if path is not None and path.exists():
-            return self._finished(path, own, head)
+            return self._finished(path, head, own)
         part = None if path is None else path.with_name(path.name + ".part")
         sums = np.zeros((len(_SUMS), len(self.grid), *self.shape))
         done, total = 0, math.ceil(self.samples / self.batch)
         if part is not None and part.exists():
-            known, arrays = read(part, _PARTIAL)
-            done = int(known.pop("done"))
+            known, arrays = read(part, _PARTIAL, ("sums", "fingerprint"))
             check_same(part, known, head)
             check_network(part, arrays["fingerprint"], own)
+            done = check_partial(part, known.get("done"), total, arrays["sums"], sums)
             sums = arrays["sums"]
         while done < total:
             with torch.no_grad():
@@ -203,7 +206,7 @@ class _Estimate:
                 progress(done, total)
         found = self._solved(sums / self.samples, own)
         if path is not None and part is not None:
-            found.save(path, made_by=head)
+            found.save(path, estimate=head)
             part.unlink()
         return found
 
@@ -229,9 +232,9 @@ class _Estimate:
             "seed": self.seed,
         }
 
-    def _finished(self, path: Path, own: Any, head: dict[str, Any]) -> Statistics:
+    def _finished(self, path: Path, head: dict[str, Any], own: Any) -> Statistics:
         """The statistics of a complete file."""
-        found = Statistics.load(path)
+        found, known = Statistics.load(path), estimate_of(path)
         wanted = (self.denoiser.schedule, self.denoiser.prediction, self.shape)
         same = (found.schedule, found.prediction, found.shape) == wanted
         if not same or not np.array_equal(found.lambda_grid, self.grid):
@@ -239,10 +242,9 @@ class _Estimate:
                 f"ems: {str(path)!r} holds the statistics of another schedule, prediction, grid "
                 "or shape. Give another path, or delete it."
             )
+        if known:
+            check_same(path, known, head)
         check_network(path, found.fingerprint, own)
-        made_by = read(path, FORMAT)[0].get("made_by")
-        if made_by is not None:
-            check_same(path, made_by, head)
         return found
 
     def _of(self, start: int, stop: int) -> Denoiser:
@@ -253,9 +255,10 @@ class _Estimate:
         def pick(value: Any, path: Any, whole: bool) -> Any:
             if whole or not isinstance(value, torch.Tensor):
                 return value
-            if len(value) != count:
+            if value.ndim == 0 or len(value) != count:
+                size = len(value) if value.ndim else "one number"
                 raise ValueError(
-                    f"ems: cond has one entry a sample, {count}; got a tensor of {len(value)}."
+                    f"ems: cond has one entry a sample, {count}; got a tensor of {size}."
                 )
             return value[index.to(value.device)].to(self.device)
 
@@ -320,9 +323,9 @@ class _Estimate:
         direction = rate * x + alpha * (found - w)
         rates = denoiser.rates(lam, first, last)
         _, change = denoiser.change(x, lam, direction, rates)
-        if denoiser.derivative == "forward" and i == len(self.grid) // 2 and seeds[0] == self.seed:
-            _, other = denoiser.change(x, lam, direction, rates, "finite")
-            check_derivative(change, other)
+        if i == len(self.grid) // 2 and seeds[0] == self.seed:
+            _, other = denoiser.change(x, lam, direction, rates, "coarse")
+            check_derivative(denoiser.derivative, change, other)
         slope = self._slope(x, lam, denoiser, i, seeds)
         x0, w, change = found.double(), w.double(), change.double()
         terms = (slope, x0, w, x0 * x0, x0 * w, w * w, change, x0 * change, w * change)
@@ -359,7 +362,8 @@ class _Estimate:
         square = xx + 2.0 * less * xw + less**2 * ww
         cross = xdx + less * (xx - xw) + d_l * xw + less * (wdx + less * (xw - ww) + d_l * ww)
         variance = square - mean**2
-        varies = variance > _CONSTANT * square
+        # relative to what h is a difference of, whose rounding errors and d_l's it has
+        varies = variance > _CONSTANT * (xx + ww)
         s = np.where(varies, (cross - mean * mean_d) / np.where(varies, variance, 1.0), 0.0)
         return Statistics(
             self.denoiser.schedule,

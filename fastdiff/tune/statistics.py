@@ -6,8 +6,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +29,20 @@ from .denoiser import Denoiser, parameters_of
 FORMAT = "fastdiff-statistics"
 _ARRAYS = ("lambda_grid", "l", "s", "b", "fingerprint")
 _LARGEST = 1e3  # weight of a step from which on statistics follow their noise, not a network
+# what numpy, zipfile and json raise of bytes that they cannot read
+_DAMAGES = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    ArithmeticError,
+    NotImplementedError,
+    MemoryError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 _APART = 0.02  # relative difference from which on two networks are not the same
 
 
@@ -116,21 +132,23 @@ class Statistics(ModelStatistics):
             )
 
     def save(
-        self, path: str | os.PathLike[str], *, made_by: Mapping[str, Any] | None = None
+        self, path: str | os.PathLike[str], *, estimate: Mapping[str, Any] | None = None
     ) -> None:
         """Writes the statistics as an npz archive, atomically.
 
         Args:
             path: The file.
-            made_by: The arguments of the `ems` that made them, by which a later call knows its own
-                file; `load` leaves them.
+            estimate: What they were estimated with, as `ems` compares it where it finds the file;
+                None: it is not known.
 
         Raises:
             OSError: `path` cannot be written; it names `path`.
         """
-        head = {"schedule": self.schedule.to_dict(), "prediction": self.prediction}
-        if made_by is not None:
-            head["made_by"] = dict(made_by)
+        head: dict[str, Any] = {
+            "schedule": self.schedule.to_dict(),
+            "prediction": self.prediction,
+            "estimate": dict(estimate or {}),
+        }
         write(path, FORMAT, head, {name: getattr(self, name) for name in _ARRAYS})
 
     @classmethod
@@ -141,7 +159,7 @@ class Statistics(ModelStatistics):
             ValueError: The file is none of statistics, or is damaged. Nothing of it is executed.
             OSError: The file cannot be read.
         """
-        head, arrays = read(path, FORMAT)
+        head, arrays = read(path, FORMAT, _ARRAYS)
         try:
             schedule = from_dict(head["schedule"])
             return cls(schedule=schedule, prediction=head["prediction"], **arrays)
@@ -165,6 +183,14 @@ def fingerprint(
     return np.stack(found).astype(np.float32)
 
 
+def estimate_of(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the statistics of a file were estimated with; empty where it does not say."""
+    found = read(path, FORMAT, _ARRAYS)[0].get("estimate", {})
+    if not isinstance(found, dict):
+        raise _refusal(path, "what they were estimated with is no dictionary")
+    return found
+
+
 def write(
     path: str | os.PathLike[str], kind: str, head: Mapping[str, Any], arrays: Mapping[str, Any]
 ) -> None:
@@ -176,17 +202,25 @@ def write(
         file.write(content.getvalue())
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(head, arrays) of a file that `write` wrote."""
+def read(
+    path: str | os.PathLike[str], kind: str, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(head, arrays of these names) of a file that `write` wrote."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file:  # what is no file is an OSError; what is in it is none
+            content = io.BytesIO(file.read())
+        with np.load(content, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         head = json.loads(str(arrays.pop("head")))
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+    except _DAMAGES:
         # numpy's own words advise to unpickle the file, which is unsafe and no help
         raise _refusal(path, "no archive that fastdiff wrote") from None
-    if not isinstance(head, dict) or head.pop("format", None) != kind or head.pop("version") != 1:
+    told = (head.pop("format", None), head.pop("version", None)) if isinstance(head, dict) else ()
+    if told != (kind, 1):
         raise _refusal(path, f"no archive of format {kind!r}, version 1")
+    real = all(array.dtype.kind == "f" for array in arrays.values())
+    if set(arrays) != set(names) or not real:
+        raise _refusal(path, f"its arrays are real, and {', '.join(names)}")
     return head, arrays
 
 

@@ -120,7 +120,8 @@ class DPMSolverV3(Solver):
         if isinstance(part, Trapezoids):
             rows.times = times = part.snapped(times)
         writer = Writer(rows, part)
-        _Steps(self, writer, times).write()
+        with np.errstate(over="ignore", invalid="ignore"):  # the writer refuses what is not finite
+            _Steps(self, writer, times).write()
         return writer.bank
 
     def _linear_part(self, schedule: Schedule, times: Array) -> LinearPart:
