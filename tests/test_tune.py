@@ -295,6 +295,11 @@ def test_differences_are_as_long_as_the_network_is_precise():
     np.testing.assert_allclose(double.l, slope, rtol=0, atol=1e-4)
 
 
+def test_a_folder_that_is_missing_is_named_before_anything_is_evaluated(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"ems: save stands in a folder .*Make .*/none'"):
+        fd.tune.ems(lambda x, t: 1 / 0, VP, data=DATA, save=tmp_path / "none" / "s.npz", **SPAN)
+
+
 def test_statistics_of_too_few_samples_are_refused():
     network = fd.models.digits()
     images, classes = fd.models.digits_data("train")

@@ -106,6 +106,15 @@ def check_kinds(network: Any, schedule: Any, guidance: Any, cond: Any) -> None:
         )
 
 
+def check_folder(path: Path | None) -> None:
+    """Raises where a file is to stand in a folder that does not exist, before any work is done."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"ems: save stands in a folder that exists; got {str(path)!r}. Make "
+            f"{str(path.parent)!r} first."
+        )
+
+
 def check_source(data: Any, shape: Any) -> None:
     """Raises unless states come either from data or from runs of samples of a shape."""
     if (data is None) == (shape is None):

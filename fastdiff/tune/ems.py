@@ -24,6 +24,7 @@ from ..solvers.statistics import default_ends
 from .checks import (
     check_counts,
     check_derivative,
+    check_folder,
     check_kinds,
     check_network,
     check_partial,
@@ -110,9 +111,10 @@ def ems(
 
     Raises:
         ValueError: An argument is out of range, the files belong to other arguments or to another
-            network, the network says that it predicts something else, or
-            the two derivatives disagree (the network's time is not differentiated).
+            network, the network says that it predicts something else, or the two derivatives
+            disagree (the network's time is not differentiated).
         TypeError: An argument has the wrong kind.
+        FileNotFoundError: The folder of `save` does not exist.
         NotImplementedError: The network refuses forward mode.
 
     Source: Zheng et al., "DPM-Solver-v3", arXiv:2310.13268, section 3: the definitions of l, s, b.
@@ -123,6 +125,8 @@ def ems(
     check_kinds(network, schedule, guidance, cond)
     check_source(data, shape)
     check_prediction(network, prediction)
+    path = None if save is None else Path(os.fsdecode(save))
+    check_folder(path)
     guidance = guidance or UNGUIDED
     _check_guidance(guidance, intervals)
     usual = default_ends(schedule)
@@ -150,7 +154,7 @@ def ems(
         seed,
         torch.device(device),
     )
-    return estimate.run(None if save is None else Path(os.fsdecode(save)), progress)
+    return estimate.run(path, progress)
 
 
 def _check_guidance(guidance: Guidance, intervals: int) -> None:
