@@ -26,6 +26,7 @@ V3: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dpm-v3-3", {"p_pseudo": True, "c_pseudo": True}),
     ("dpm-v3-3", {"c_pseudo": True, "published": True}),
 )
+SOLVERS = "dpmpp-3m,dpmpp-2m,deis-3,ipndm-3,unipc-2,unipc-3,dpm-v3-2,dpm-v3-3"
 
 
 @click.command()
@@ -37,7 +38,7 @@ V3: tuple[tuple[str, dict[str, Any]], ...] = (
 @click.option("--reference", default=150, show_default=True, help="Steps of the exact flow.")
 @click.option("--nfe", default="5,6,7,8,9,10", show_default=True)
 @click.option("--grids", default="logsnr,uniform", show_default=True)
-@click.option("--solvers", default="dpmpp-3m,dpmpp-2m,deis-3,dpm-v3-2,dpm-v3-3", show_default=True)
+@click.option("--solvers", default=SOLVERS, show_default=True)
 def main(
     statistics: Path,
     samples: int,
