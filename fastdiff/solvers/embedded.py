@@ -27,33 +27,27 @@ from ..schedules import Array, Schedule
 from ..schedules.base import scale_of_unit_data
 from .base import Solver, choice
 from .entry import Info
+from .ode.tableaus import ORDERS, TABLEAUS, Tableau
 from .rows import Row, Rows
 
-# (c, rows of A below the diagonal, weights of the difference between both orders). The last row of
-# A is the step of the higher order: its point is the step's end, and its evaluation the next
-# step's first.
-_Tableau = tuple[tuple[float, ...], tuple[tuple[float, ...], ...], tuple[float, ...]]
-PAIRS: dict[str, _Tableau] = {
-    "bosh3": (
-        (0.0, 1 / 2, 3 / 4, 1.0),
-        ((), (1 / 2,), (0.0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
-        (-5 / 72, 1 / 12, 1 / 9, -1 / 8),
-    ),
-    "dopri5": (
-        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0),
-        (
-            (),
-            (1 / 5,),
-            (3 / 40, 9 / 40),
-            (44 / 45, -56 / 15, 32 / 9),
-            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
-            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-            (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
-        ),
-        (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
-    ),
+# Weights of the difference between both orders. The last evaluation is that of the step's end,
+# which is the next step's first.
+_DIFFERENCES = {
+    "bosh3": (-5 / 72, 1 / 12, 1 / 9, -1 / 8),
+    "dopri5": (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 }
-_ORDERS = {"bosh3": 3, "dopri5": 5}
+
+
+def _pair(name: str) -> Tableau:
+    """(c, rows of A below the diagonal, weights of the difference) with the step's end as a stage.
+
+    The last row of A is the step of the higher order.
+    """
+    c, a, b = TABLEAUS[name]
+    return (*c, 1.0), (*a, b), _DIFFERENCES[name]
+
+
+PAIRS = {name: _pair(name) for name in _DIFFERENCES}
 _FORMS = ("v", "epsilon", "velocity")
 
 
@@ -156,7 +150,7 @@ class EmbeddedRK(Embedded):
 
     @property
     def order(self) -> int:
-        return _ORDERS[self.tableau]
+        return ORDERS[self.tableau]
 
     @property
     def evaluations(self) -> int:
@@ -245,7 +239,7 @@ ADAPTIVE = tuple(
     Info(
         name,
         EmbeddedRK,
-        measured_order=_ORDERS[name],
+        measured_order=ORDERS[name],
         nfe_per_step=len(PAIRS[name][0]) - 1,
         summary=f"{what} in the angle, rho or t",
         source=source,
