@@ -11,10 +11,9 @@ machine.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -32,6 +31,7 @@ from fastdiff.bench.gate import agree
 from fastdiff.bench.machine import installed
 from fastdiff.bench.records import Record, record
 from fastdiff.bench.runs import Bench, Gate, Job, Setting
+from fastdiff.cli.shared import one_thread
 
 PROBLEMS = ("mixture", "empirical", "digits", "flow")
 # the same for ours and theirs; a flow starts at alpha = 0, which grids in lambda do not reach
@@ -155,17 +155,6 @@ def their_ends(
             if field.calls == budget and bool(end.isfinite().all()):
                 found[str(budget)] = end
     return found
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Networks this small gain little from threads, and lose tenfold to them on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @one_thread()
