@@ -22,11 +22,10 @@ def plan_of(case):
     p, grid = case["params"], case["grid"]
     if case["family"] == "unipc":
         form = {"data_prediction": "x0", "noise_prediction": "epsilon"}[p["algorithm_type"]]
-        options = {"form": form, "variant": p["variant"]}
-        if p["order"] > 1:
-            options |= {"lower_order_final": p["lower_order_final"], "published": True}
+        options = {"form": form, "variant": p["variant"], "published": True}
+        options["lower_order_final"] = p["lower_order_final"]
         return fd.plan(VP, f"unipc-{p['order']}", len(grid) - 1, grid=grid, **options)
-    options = {} if p["solver_order"] == 1 else {"lower_order_final": True}
+    options = {"lower_order_final": True}
     if case["family"] == "diffusers_zero_final":
         grid = [*grid, 0.0]
     else:
@@ -65,7 +64,7 @@ def test_the_corrector_of_vary_coeff_is_of_order_one_as_published(order):
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_the_corrector_adds_one_to_the_order(order):
-    options = {"warmup": "runge-kutta"} if order > 1 else {}
+    options = {"warmup": "runge-kutta"}
     assert measured(f"unipc-{order}", corrector=False, **options) == pytest.approx(order, abs=0.25)
     assert measured(f"unipc-{order}", **options) == pytest.approx(order + 1, abs=0.25)
 
@@ -138,7 +137,7 @@ def test_plan_is_the_papers_loop(order):
     plan = fd.plan(
         *(VP, f"unipc-{order}", 7),
         **{**SPAN, "variant": "vary_coeff", "prediction": "x0"},
-        **({"lower_order_final": False} if order > 1 else {}),
+        lower_order_final=False,
     )
     network = two_blobs(VP, "x0")
     x = fd.noise.prior(plan, (5, 2), seeds=0, dtype=torch.float64)

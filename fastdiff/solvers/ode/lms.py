@@ -143,7 +143,7 @@ SOLVERS = (
             nfe_per_step=1,
             summary="iPNDM with the weights of variable steps",
             source="Zhou et al., arXiv:2312.00094",
-            fixed={"order": order} | ({"published": False} if order == 2 else {}),
+            fixed={"order": order},
             least_steps=order,
             aliases={"ipndm_v": _DENOISED} if order == 4 else {},
             same=f"deis-rhoab-{order}",

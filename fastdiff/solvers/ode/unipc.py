@@ -17,7 +17,6 @@ from ..exponential import adams, moments, transfer
 from ..rows import Row, Rows
 from .dpm_multistep import lowers
 from .dpm_singlestep import FORMS, singlestep
-from .multistep import fixed_options
 from .runge_kutta import runge_kutta_step
 
 VARIANTS = ("bh1", "bh2", "vary_coeff")
@@ -257,7 +256,7 @@ SOLVERS = tuple(
         nfe_per_step=1,
         summary="exponential Adams predictor and corrector",
         source="Zhao et al., arXiv:2302.04867",
-        fixed=fixed_options(order, lower_order_final="auto", warmup="lower", published=False),
+        fixed={"order": order},
         least_steps=order,
         quirks=_QUIRKS,
         aliases=_ALIASES.get(order, {}),
